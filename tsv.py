@@ -1,0 +1,78 @@
+"""Tab-separated files as MS MARCO has them: plain UTF-8 lines, never CSV; `.gz` is read as it is.
+
+Every error names the file, the line, what was found and what to do.
+"""
+
+import contextlib
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+
+from artifact import InputError, check_file
+
+
+@contextlib.contextmanager
+def open_bytes(path, what: str):
+    """Open a file, unpacking `.gz`. Raises InputError where it is missing or the gzip stream is broken."""
+    path = check_file(path, what)
+    with open(path, "rb") as raw:
+        file = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+        try:
+            yield file
+        except (gzip.BadGzipFile, EOFError) as error:
+            raise InputError(f"{path}: broken gzip file ({error}): fetch it again") from None
+
+
+def read_rows(path, columns: str, what: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number from 1, fields) of each line.
+
+    `columns` describes the line and counts it, e.g. "pid, passage". Another number of columns, a blank line and bytes
+    that are not UTF-8 raise InputError.
+    """
+    n_columns = columns.count(",") + 1
+    with open_bytes(path, what) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                fields = line.decode().rstrip("\r\n").split("\t")
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{path}:{number}: byte {line[error.start]:#04x} at column {error.start + 1} is not UTF-8: "
+                    "convert the file to UTF-8"
+                ) from None
+            if len(fields) != n_columns:
+                raise InputError(
+                    f"{path}:{number}: found {len(fields)} column(s), expected {n_columns} ({columns}), "
+                    "separated by tabs"
+                )
+            yield number, fields
+
+
+def read_id_text(path, what: str) -> Iterator[tuple[int, str, str]]:
+    """Yield (line number, id, text) of a collection or of queries. Raises InputError on an id that cannot be used."""
+    for number, (identifier, text) in read_rows(path, "id, text", what):
+        check_id(path, number, identifier)
+        yield number, identifier, text
+
+
+def check_id(path, number: int, identifier: str) -> None:
+    """Raise InputError unless the id is 1 to 256 bytes without white space (run files are split at white space)."""
+    if not identifier or len(identifier.split()) != 1 or identifier.strip() != identifier:
+        raise InputError(f"{path}:{number}: id {identifier!r} is empty or has white space: give ids without")
+    if len(identifier.encode()) > 256:
+        raise InputError(f"{path}:{number}: id of {len(identifier.encode())} bytes, at most 256 can be stored")
+
+
+def read_queries(path) -> dict[str, str]:
+    """Queries as {qid: text}, in file order; an empty query is fine. Raises InputError on a duplicate qid."""
+    queries = {}
+    for number, qid, text in read_id_text(path, "queries: qid, query"):
+        if qid in queries:
+            raise InputError(f"{path}:{number}: qid {qid!r} a second time: a qid names one query")
+        queries[qid] = text
+    return queries
+
+
+def count_lines(path) -> int:
+    """Lines in a file, the last one counted whether or not it ends in a newline."""
+    with open_bytes(Path(path), "text") as file:
+        return sum(1 for _ in file)
