@@ -1,0 +1,232 @@
+"""Runs and qrels: how rankings and judgments are read, written and measured.
+
+A run is {qid: {pid: score}}, qrels are {qid: {pid: relevance}}. A run file has a line for each retrieved passage, as
+TREC (qid Q0 pid rank score tag) or as MS MARCO (qid, pid, rank) has it; `.gz` is read and written as it is.
+
+The rank column is the ranking. MS MARCO's script goes by it; trec_eval ignores it, sorts by score and lets the spelling
+of the pids decide between equal scores. Here equal scores stay in the order in which they were ranked, and a TREC file
+whose ranks contradict its scores is refused: two tools would measure two rankings.
+"""
+
+import gzip
+import math
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import ir_measures
+import numpy as np
+
+from artifact import InputError
+from tsv import open_bytes
+
+TREC_COLUMNS = "qid, Q0, pid, rank, score, tag"
+MSMARCO_COLUMNS = "qid, pid, rank"
+QRELS_COLUMNS = "qid, 0, pid, relevance"
+MEASURES = (
+    "MRR@10",
+    "nDCG@10",
+    "MAP",
+    "Recall@50",
+    "Recall@200",
+    "Recall@1000",
+    "Success@1",
+    "Success@5",
+    "Success@20",
+)
+
+
+def read_run(path) -> dict[str, dict[str, float]]:
+    """Read a run file; the first line tells TREC from MS MARCO. A score is -rank, so that it has no ties.
+
+    Raises InputError on a pid or a rank that a query has twice, on MS MARCO ranks other than 1, 2, ..., n (the official
+    script takes them literally) and on TREC scores that are not numbers or rise while the ranks go down.
+    """
+    run, ranks, scores, lines = {}, {}, {}, {}  # the last three: an array for each qid, in the order of run[qid]
+    columns = None
+    for number, fields in _read_fields(path, "run"):
+        if columns is None:
+            columns = {6: TREC_COLUMNS, 3: MSMARCO_COLUMNS}.get(len(fields))
+            if columns is None:
+                raise InputError(
+                    f"{path}:{number}: found {len(fields)} column(s), expected 6 ({TREC_COLUMNS}) "
+                    f"or 3 ({MSMARCO_COLUMNS})"
+                )
+        _check_columns(path, number, fields, columns)
+        if columns is TREC_COLUMNS:
+            qid, _, pid, rank, score, _ = fields
+        else:
+            (qid, pid, rank), score = fields, None
+        if qid not in run:
+            run[qid], ranks[qid], scores[qid], lines[qid] = {}, array("q"), array("d"), array("q")
+        if pid in run[qid]:
+            raise InputError(f"{path}:{number}: passage {pid} a second time for query {qid}: list it once")
+        rank = _number(path, number, "rank", rank, int)
+        run[qid][pid] = -float(rank)
+        ranks[qid].append(rank)
+        lines[qid].append(number)
+        if score is not None:
+            scores[qid].append(_number(path, number, "score", score, float))
+    if not run:
+        raise InputError(f"{path}: an empty file, expected a run: was the search finished?")
+    for qid in run:
+        _check_ranking(path, qid, ranks[qid], scores[qid], lines[qid])
+    return run
+
+
+def _check_ranking(path, qid: str, ranks, scores, lines) -> None:
+    """Raise InputError unless the ranks of a query are a ranking and the scores, where there are any, follow it."""
+    order = np.argsort(ranks, kind="stable")  # (n passages of the query,)
+    sorted_ranks = np.asarray(ranks)[order]
+    twice = np.flatnonzero(np.diff(sorted_ranks) == 0)
+    if twice.size:
+        i = twice[0]
+        raise InputError(
+            f"{path}:{lines[order[i + 1]]}: rank {sorted_ranks[i]} a second time for query {qid} "
+            f"(first in line {lines[order[i]]}): number its passages 1, 2, 3, ..."
+        )
+    if not len(scores):
+        gap = np.flatnonzero(sorted_ranks != np.arange(1, len(ranks) + 1))
+        if gap.size:
+            i = gap[0]
+            raise InputError(
+                f"{path}:{lines[order[i]]}: query {qid} has rank {sorted_ranks[i]} where {i + 1} should come: "
+                "number its passages 1, 2, 3, ..."
+            )
+        return
+    rising = np.flatnonzero(np.diff(np.asarray(scores)[order]) > 0)
+    if rising.size:
+        i, j = order[rising[0]], order[rising[0] + 1]
+        raise InputError(
+            f"{path}:{lines[j]}: query {qid} has score {scores[j]} at rank {ranks[j]}, above score {scores[i]} at rank "
+            f"{ranks[i]}: rank by falling score"
+        )
+
+
+def read_qrels(path) -> dict[str, dict[str, int]]:
+    """Read TREC qrels (qid, 0, pid, relevance; tabs or spaces). Raises InputError on a pair judged twice."""
+    qrels = {}
+    for number, fields in _read_fields(path, "qrels"):
+        _check_columns(path, number, fields, QRELS_COLUMNS)
+        qid, _, pid, relevance = fields
+        judged = qrels.setdefault(qid, {})
+        if pid in judged:
+            raise InputError(f"{path}:{number}: passage {pid} judged a second time for query {qid}: judge it once")
+        judged[pid] = _number(path, number, "relevance", relevance, int)
+    if not qrels:
+        raise InputError(f"{path}: an empty file, expected qrels ({QRELS_COLUMNS})")
+    return qrels
+
+
+def write_run(
+    path,
+    rankings: Iterable[tuple[str, list[str], list[float]]],
+    format: str = "trec",
+    tag: str = "nanocolbert",
+) -> int:
+    """Write (qid, pids, scores) as they come, best passage first; the file appears when whole. Return the queries.
+
+    `format` is "trec" or "msmarco". Scores must not rise within a query, pids must differ.
+    """
+    assert format in ("trec", "msmarco"), format
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    queries = 0
+    try:
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(partial, "wt", encoding="utf-8") as file:
+            for qid, pids, scores in rankings:
+                assert len(pids) == len(scores) == len(set(pids)), (qid, len(pids), len(scores), len(set(pids)))
+                assert not any(map(math.isnan, scores)), (qid, scores)
+                assert all(a >= b for a, b in pairwise(scores)), (qid, scores)
+                if format == "trec":
+                    ranked = enumerate(zip(pids, scores, strict=True), 1)
+                    file.writelines(f"{qid} Q0 {pid} {rank} {score:.6f} {tag}\n" for rank, (pid, score) in ranked)
+                else:
+                    file.writelines(f"{qid}\t{pid}\t{rank}\n" for rank, pid in enumerate(pids, 1))
+                queries += 1
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return queries
+
+
+def parse_measures(names: Iterable[str], relevant_from: int = 1) -> dict[str, ir_measures.Measure]:
+    """Measures of ir_measures by the name they were asked for, e.g. "MRR@10".
+
+    A passage is relevant from relevance `relevant_from`, unless the name says otherwise ("P(rel=2)@5"). nDCG uses the
+    grades as they are. Raises InputError on an unknown name.
+    """
+    measures = {}
+    for name in names:
+        try:
+            measure = ir_measures.parse_measure(name)
+            if "rel" in measure.SUPPORTED_PARAMS and "rel" not in measure.params and relevant_from != 1:
+                measure = measure(rel=relevant_from)
+            supported = ir_measures.DefaultPipeline.supports(measure)
+        except (NameError, ValueError, TypeError, AssertionError) as error:
+            raise InputError(f"measure {name!r}: {error}: name it as ir_measures does, e.g. MRR@10 or P@5") from None
+        if not supported:
+            raise InputError(f"measure {name!r} cannot be computed here: ask for another, e.g. {' '.join(MEASURES)}")
+        measures[name] = measure
+    return measures
+
+
+def measure_queries(qrels, run, measures=MEASURES, relevant_from: int = 1) -> dict[str, dict[str, float]]:
+    """{measure: {qid: value}} over every query of the qrels, in their order, computed by ir_measures.
+
+    A query without a ranking has 0, and so has one without a relevant passage. Unjudged queries play no part.
+    Tied scores keep the order of the run's dict, whatever the measure.
+    """
+    parsed = parse_measures(measures, relevant_from)
+    ranked = {}
+    for qid in qrels.keys() & run.keys():
+        assert not any(map(math.isnan, run[qid].values())), f"query {qid}: a score is NaN"
+        best_first = sorted(run[qid], key=run[qid].get, reverse=True)  # stable: ties stay in order
+        ranked[qid] = {pid: -float(rank) for rank, pid in enumerate(best_first, 1)}
+    values = {measure: dict.fromkeys(qrels, 0.0) for measure in set(parsed.values())}
+    if ranked:
+        for metric in ir_measures.iter_calc(list(values), qrels, ranked):
+            values[metric.measure][metric.query_id] = metric.value
+    return {name: values[measure] for name, measure in parsed.items()}
+
+
+def measure(qrels, run, measures=MEASURES, relevant_from: int = 1) -> dict[str, float]:
+    """{measure: mean over every query of the qrels}; see `measure_queries`."""
+    return means(measure_queries(qrels, run, measures, relevant_from))
+
+
+def means(values: dict[str, dict[str, float]]) -> dict[str, float]:
+    """{measure: mean over the queries} of what `measure_queries` returns."""
+    return {name: sum(by_query.values()) / len(by_query) for name, by_query in values.items()}
+
+
+def _read_fields(path, what: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number from 1, fields) of lines split at white space."""
+    with open_bytes(path, what) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield number, line.decode().split()
+            except UnicodeDecodeError:
+                raise InputError(f"{path}:{number}: not UTF-8: is this the {what} file?") from None
+
+
+def _check_columns(path, number: int, fields: list[str], columns: str) -> None:
+    if len(fields) != columns.count(",") + 1:
+        raise InputError(
+            f"{path}:{number}: found {len(fields)} column(s), expected {columns.count(',') + 1} ({columns}), "
+            "separated by tabs or spaces"
+        )
+
+
+def _number(path, number: int, what: str, text: str, kind: type):
+    try:
+        value = kind(text)
+        if math.isfinite(value) and abs(value) < 2**63:  # fits the arrays of read_run
+            return value
+    except (ValueError, OverflowError):
+        pass
+    raise InputError(f"{path}:{number}: {what} {text!r} is not {'an integer' if kind is int else 'a finite number'}")

@@ -1,0 +1,121 @@
+import json
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evaluate import randomisation_test
+
+ROOT = Path(__file__).parent.parent
+DL = ROOT.parent / "shared" / "data" / "msmarco-dl19-20"
+
+QRELS = "1 0 a 1\n1 0 b 3\n2 0 c 2\n3 0 d 1\n4 0 e 0\n"
+RUN = "1\tx\t1\n1\ta\t2\n1\tb\t3\n2\tc\t1\n4\te\t1\n9\tz\t1\n"  # 3 has no ranking, 4 nothing relevant, 9 is unjudged
+OTHER = "1 Q0 b 1 2.0 t\n1 Q0 a 2 2.0 t\n2 Q0 x 1 9 t\n3 Q0 d 1 1 t\n"
+
+
+def evaluate(*args):
+    return subprocess.run([sys.executable, ROOT / "evaluate.py", *args], capture_output=True, text=True)
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, text in [("qrels", QRELS), ("run", RUN), ("other", OTHER)]:
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_by_hand(files):
+    output = files / "new" / "metrics.json"
+    done = evaluate("--qrels", files / "qrels", "--run", files / "run", "--output", output)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads(output.read_text())
+    assert list(output.parent.iterdir()) == [output]
+    assert result["MRR@10"] == pytest.approx((1 / 2 + 1 + 0 + 0) / 4)
+    assert result["MAP"] == pytest.approx(((1 / 2 + 2 / 3) / 2 + 1) / 4)
+    assert result["Recall@50"] == result["Recall@1000"] == pytest.approx((1 + 1) / 4)
+    assert (result["Success@1"], result["Success@5"]) == (0.25, 0.5)
+    discounts = 1 / np.log2([2, 3, 4])
+    assert result["nDCG@10"] == pytest.approx(((discounts @ [0, 1, 3]) / (discounts @ [3, 1, 0]) + 1) / 4)
+    counts = ("judged_queries", "judged_queries_without_ranking", "judged_queries_without_relevant", "unjudged_queries")
+    assert [result[key] for key in counts] == [4, 1, 1, 1]
+    assert "MRR@10           0.3750" in done.stdout
+    for note in ("1 judged queries have no ranking", "1 judged queries have nothing", "1 queries are not judged"):
+        assert note in done.stderr
+
+
+def test_rel_and_measures(files):
+    done = evaluate(
+        "--qrels", files / "qrels", "--run", files / "run", "--rel", "2", "--measures", "RR@10", "P@3", "RR@2"
+    )
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["RR@10"] == pytest.approx((1 / 3 + 1) / 4)
+    assert (result["RR@2"], result["P@3"]) == (0.25, pytest.approx((1 / 3 + 1 / 3) / 4))
+    assert result["judged_queries_without_relevant"] == 2 and "MRR@10" not in result
+
+
+def test_compare(files):
+    done = evaluate("--qrels", files / "qrels", "--run", files / "run", "--compare", files / "other", "--show", "2")
+    result = json.loads(done.stdout.splitlines()[-1])
+    row = result["compare"]["measures"]["MRR@10"]
+    assert row["other"] == pytest.approx((1 + 0 + 1) / 4)
+    assert row["difference"] == pytest.approx(result["MRR@10"] - row["other"])
+    assert (row["queries_better"], row["queries_worse"]) == (1, 2)
+    assert result["compare"]["changed"] == [{"qid": "2", "other": 0, "run": 1}, {"qid": "3", "other": 1, "run": 0}]
+    done = evaluate("--qrels", files / "qrels", "--run", files / "run", "--compare", files / "run")
+    compared = json.loads(done.stdout.splitlines()[-1])["compare"]
+    assert compared["changed"] == [] and all(row["p"] == 1 for row in compared["measures"].values())
+
+
+def test_randomisation_test_against_all_flips():
+    differences = np.random.default_rng(1).normal(0.4, 1, (10, 2))
+    flips = np.array(list(product([-1, 1], repeat=10))) @ differences  # (1024, 2)
+    exact = (np.abs(flips) >= np.abs(differences.sum(0)) * (1 - 1e-9)).mean(0)
+    assert randomisation_test(differences, 20_000) == pytest.approx(exact, abs=0.015)
+    assert randomisation_test(np.full((1, 1), 0.5)) == 1  # one query tells nothing
+    assert randomisation_test(np.full((40, 1), 0.5)) < 0.001
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("run", "1\ta\t1\n1\tb\t2\n1\ta\t3\n", "run:3: passage a a second time for query 1"),
+        ("qrels", "1 0 a 1\n1 0 a 2\n", "qrels:2: passage a judged a second time for query 1"),
+        ("run", "7\ta\t1\n", "none of its 1 queries is judged"),
+        ("other", "1\ta\n", "other:1: found 2 column"),
+    ],
+)
+def test_mistakes_end_with_one_line(files, name, text, message):
+    (files / name).write_text(text)
+    args = ["--qrels", files / "qrels", "--run", files / "run", "--compare", files / "other", "--output", files / "out"]
+    done = evaluate(*args)
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("note:")]
+    assert done.returncode == 2 and done.stdout == "" and len(errors) == 1 and message in errors[0]
+    assert not (files / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--run", "none"], "none: no such file"),
+        (["--measures", "MRR@ten"], "measure 'MRR@ten'"),
+        (["--rel", "0"], "0 is not 1 or more"),
+        (["--metrics", "MAP"], "unrecognized arguments"),
+    ],
+)
+def test_bad_arguments(files, args, message):
+    done = evaluate("--qrels", files / "qrels", "--run", files / "run", *args)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not (DL / "runs").exists(), reason="needs the TREC Deep Learning runs")
+@pytest.mark.parametrize("run, ndcg", [("BM25.dl19", 0.5058), ("D_BERT_KD_TASB.dl19", 0.7210), ("BM25.dl20", 0.4827)])
+def test_published_runs(run, ndcg):
+    """Complete published runs over the whole collection: BM25 has 0.5058 on DL19 in its own papers too."""
+    year = run.rsplit(".", 1)[1]
+    done = evaluate("--qrels", DL / f"qrels.{year}.tsv", "--run", DL / "runs" / f"{run}.tsv", "--rel", "2")
+    assert json.loads(done.stdout.splitlines()[-1])["nDCG@10"] == pytest.approx(ndcg, abs=1e-4)
