@@ -23,7 +23,7 @@ class InputError(Exception):
 
 
 def run_stage(main, args) -> None:
-    """Run `main(args)`; an InputError ends in one line on stderr and exit code 2, a result in one JSON line on stdout."""
+    """Run `main(args)` and print its result as one line of JSON; an InputError ends in one line and exit code 2."""
     try:
         result = main(args)
     except InputError as error:
@@ -72,12 +72,12 @@ def write_json(path, value) -> None:
     os.replace(partial, path)
 
 
-def write_meta(folder, kind: str, fingerprint: str, started: float, args, **facts) -> dict:
-    """Write `meta.json`: what this is, what it was made from, how, by which versions, at what cost; return it."""
+def make_meta(kind: str, fingerprint: str, started: float, args, **facts) -> dict:
+    """What goes into `meta.json`: what this is, what it was made from, how, by which versions, at what cost."""
     import torch
     import transformers
 
-    meta = {
+    return {
         "kind": kind,
         "fingerprint": fingerprint,
         **facts,
@@ -91,6 +91,11 @@ def write_meta(folder, kind: str, fingerprint: str, started: float, args, **fact
         "seconds": round(time.time() - started, 2),
         "peak_memory_mb": peak_memory_mb(),
     }
+
+
+def write_meta(folder, *args, **facts) -> dict:
+    """Write `make_meta(*args, **facts)` as the folder's `meta.json`, and return it."""
+    meta = make_meta(*args, **facts)
     write_json(Path(folder) / "meta.json", meta)
     return meta
 

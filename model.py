@@ -1,0 +1,399 @@
+"""ColBERT: late interaction over contextual token embeddings (Khattab and Zaharia, arXiv 2004.12832).
+
+    model = ColBERT.from_pretrained("experiments/demo/model")
+    queries = model.encode_queries(["what is late interaction?"])       # (B, Lq, D)
+    passages = model.encode_passages(["ColBERT encodes ...", "..."])    # list of (Ld, D)
+    model.score(queries, passages)                                      # (B, N)
+
+Shapes: B queries, N passages, Lq and Ld tokens of one query and one passage, T tokens in all, H hidden, D dim.
+Everything that frames, encodes or scores text is here, once: training, embedding and search call it.
+"""
+
+import json
+import string
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from artifact import InputError, fingerprint
+from ragged import ranges
+
+MARKERS = {"query": "[Q]", "passage": "[D]"}  # tokens of their own, after [CLS] (paper, section 3.2)
+FRAME = 3  # [CLS], the marker and [SEP] around the word pieces
+TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 131072}  # passages are batched by tokens; a small batch stays in the cache
+
+
+class ColBERTConfig(PreTrainedConfig):
+    """What is needed to give the same vectors again: the encoder's own config and how text is framed.
+
+    encoder: config of the Hugging Face encoder, as a dict with its `model_type`.
+    dim: size of a token embedding. query_maxlen, doc_maxlen: tokens with the three special ones.
+    mask_punctuation: drop the embeddings of punctuation in passages; `skiplist` holds the token ids dropped.
+    attend_to_mask_tokens: whether the [MASK] fill of a query is attended to (v1: no).
+    """
+
+    model_type = "colbert"
+
+    def __init__(
+        self,
+        encoder: dict | None = None,
+        dim: int = 128,
+        query_maxlen: int = 32,
+        doc_maxlen: int = 180,
+        mask_punctuation: bool = True,
+        attend_to_mask_tokens: bool = False,
+        query_marker_id: int | None = None,
+        passage_marker_id: int | None = None,
+        cls_token_id: int | None = None,
+        mask_token_id: int | None = None,
+        skiplist: tuple[int, ...] | list[int] = (),
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.encoder = encoder
+        self.dim = dim
+        self.query_maxlen = query_maxlen
+        self.doc_maxlen = doc_maxlen
+        self.mask_punctuation = mask_punctuation
+        self.attend_to_mask_tokens = attend_to_mask_tokens
+        self.query_marker_id = query_marker_id
+        self.passage_marker_id = passage_marker_id
+        self.cls_token_id = cls_token_id
+        self.mask_token_id = mask_token_id
+        self.skiplist = list(skiplist)
+
+
+# ---------------------------------------------------------------------------------------------------- text to tokens
+
+
+def load_tokenizer(name_or_path):
+    """The fast tokenizer of a model. Raises InputError where there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name_or_path}: no tokenizer could be loaded: {str(error).splitlines()[0]}") from None
+    if not tokenizer.is_fast or tokenizer.mask_token_id is None:
+        raise InputError(f"{name_or_path}: its tokenizer is not a fast one with a mask token: give a masked encoder")
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """Fingerprint of what turns text into word pieces; the same before and after [Q] and [D] are added."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    return fingerprint(*(json.dumps(parts[key], sort_keys=True) for key in ("normalizer", "pre_tokenizer", "model")))
+
+
+def tokenize(tokenizer, texts: list[str], maxlen: int) -> tuple[np.ndarray, np.ndarray]:
+    """Word-piece ids (T,) int32 of the texts one after the other and their lengths (n,), cut to `maxlen` less FRAME.
+
+    No special tokens are added, and none is recognised in the text: "[MASK]" in a passage is three word pieces.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    backend.no_padding()
+    backend.enable_truncation(maxlen - FRAME)
+    ids = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    return np.fromiter((i for row in ids for i in row), np.int32, lengths.sum()), lengths
+
+
+def punctuation_ids(tokenizer) -> list[int]:
+    """Ids of the tokens that are one symbol of string.punctuation, alone or after a space."""
+    ids = set()
+    for symbol in string.punctuation:
+        spellings = [tokenizer.encode(text, add_special_tokens=False) for text in (symbol, " " + symbol)]
+        ids.update(spelling[0] for spelling in spellings if len(spelling) == 1)
+        if symbol in tokenizer.get_vocab():
+            ids.add(tokenizer.convert_tokens_to_ids(symbol))
+    return sorted(ids - set(tokenizer.all_special_ids))
+
+
+# ------------------------------------------------------------------------------------------------------------ MaxSim
+
+
+def maxsim(queries: Tensor, passages: Tensor, mask: Tensor) -> Tensor:
+    """Score every query against every passage: sum over query tokens of the best passage token (paper, eq. 3).
+
+    queries (B, Lq, D), passages (N, Ld, D), mask (N, Ld) true at real tokens; returns (B, N). Tokens that are
+    not real never win, however small the similarities.
+    """
+    similarity = torch.einsum("bqd,nld->bnql", queries, passages)  # (B, N, Lq, Ld)
+    return similarity.masked_fill(~mask[None, :, None, :], -torch.inf).amax(-1).sum(-1)
+
+
+def maxsim_pairs(queries: Tensor, passages: Tensor, mask: Tensor) -> Tensor:
+    """Score each query against its own passages only.
+
+    queries (B, Lq, D), passages (B, K, Ld, D), mask (B, K, Ld) true at real tokens; returns (B, K).
+    """
+    similarity = torch.einsum("bqd,bkld->bkql", queries, passages)  # (B, K, Lq, Ld)
+    return similarity.masked_fill(~mask[:, :, None, :], -torch.inf).amax(-1).sum(-1)
+
+
+def maxsim_packed(queries: Tensor, embeddings: Tensor, lengths: Tensor) -> Tensor:
+    """Score every query against packed passages, without padding.
+
+    queries (B, Lq, D), embeddings (T, D) of N passages one after the other, lengths (N,) all above 0, T their sum;
+    returns (B, N) fp32.
+    """
+    B, Lq, D = queries.shape
+    similarity = (embeddings @ queries.reshape(B * Lq, D).T).float()  # (T, B * Lq)
+    if similarity.device.type == "cpu":  # numpy's segmented maximum is several times faster there
+        starts = np.cumsum(lengths.numpy()) - lengths.numpy()
+        best = torch.from_numpy(np.maximum.reduceat(similarity.numpy(), starts, axis=0))  # (N, B * Lq)
+    else:
+        best = torch.segment_reduce(similarity, "max", lengths=lengths, axis=0)  # (N, B * Lq)
+    return best.view(len(lengths), B, Lq).sum(-1).T
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+
+class ColBERT(PreTrainedModel):
+    """An encoder, a linear layer to `dim` without bias, and L2 normalisation; the tokenizer comes along."""
+
+    config_class = ColBERTConfig
+    base_model_prefix = "colbert"
+    _supports_sdpa = True
+
+    def __init__(self, config: ColBERTConfig, tokenizer=None):
+        super().__init__(config)
+        encoder_config = AutoConfig.for_model(**config.encoder)
+        self.encoder = AutoModel.from_config(encoder_config)
+        drop_pooler(self.encoder)
+        self.linear = nn.Linear(encoder_config.hidden_size, config.dim, bias=False)
+        self.tokenizer = tokenizer
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # Rows of the projection begin orthonormal, which keeps most of the encoder's geometry (the encoder
+        # initialises itself). Called for what a checkpoint lacks, never for what it has.
+        if module is getattr(self, "linear", None):
+            nn.init.orthogonal_(module.weight)
+
+    @classmethod
+    def from_base(cls, base_model: str, dropout: float | None = None, **settings) -> "ColBERT":
+        """A new ColBERT on a Hugging Face encoder: adds [Q] and [D] (they begin as the mean embedding) and `linear`.
+
+        dropout: replaces every dropout rate of the encoder. settings: fields of ColBERTConfig.
+        Raises InputError where the encoder or its tokenizer cannot be loaded.
+        """
+        tokenizer = load_tokenizer(base_model)
+        try:
+            encoder_config = AutoConfig.from_pretrained(base_model)
+            set_dropout(encoder_config, dropout)
+            encoder = AutoModel.from_pretrained(base_model, config=encoder_config, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{base_model}: no encoder could be loaded: {str(error).splitlines()[0]}") from None
+        tokenizer.add_special_tokens({"additional_special_tokens": list(MARKERS.values())})
+        table = encoder.get_input_embeddings().weight
+        mean = table.detach()[: len(tokenizer) - len(MARKERS)].mean(0)
+        encoder.resize_token_embeddings(max(len(tokenizer), len(table)), mean_resizing=False)
+        marker_ids = {kind: tokenizer.convert_tokens_to_ids(marker) for kind, marker in MARKERS.items()}
+        with torch.no_grad():
+            encoder.get_input_embeddings().weight[list(marker_ids.values())] = mean
+        longest = getattr(encoder.config, "max_position_embeddings", 1 << 30)
+        config = ColBERTConfig(
+            encoder=encoder.config.to_dict(),
+            query_marker_id=marker_ids["query"],
+            passage_marker_id=marker_ids["passage"],
+            cls_token_id=first_of(tokenizer.cls_token_id, tokenizer.bos_token_id),
+            sep_token_id=first_of(tokenizer.sep_token_id, tokenizer.eos_token_id),
+            mask_token_id=tokenizer.mask_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            skiplist=punctuation_ids(tokenizer),
+            **settings,
+        )
+        if max(config.query_maxlen, config.doc_maxlen) > longest:
+            raise InputError(f"{base_model}: takes {longest} tokens, {config.doc_maxlen} were asked for")
+        model = cls(config, tokenizer)
+        drop_pooler(encoder)
+        model.encoder = encoder
+        return model
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, *args, **kwargs) -> "ColBERT":
+        """Load weights, settings and tokenizer from one folder (or hub name), in eval mode."""
+        model = super().from_pretrained(name_or_path, *args, **kwargs)
+        model.tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        return model
+
+    def save_pretrained(self, path, *args, **kwargs) -> None:
+        """Write weights, settings and tokenizer into one folder."""
+        super().save_pretrained(path, *args, **kwargs)
+        self.tokenizer.save_pretrained(path)
+
+    # ------------------------------------------------------------------------------------------- tokens to embeddings
+
+    def frame_queries(self, values: np.ndarray, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
+        """[CLS] [Q] w1 ... wn [SEP], filled with [MASK] to query_maxlen (paper, section 3.2).
+
+        values (T,), lengths (B,): word-piece ids, cut to fit. Returns input_ids (B, Lq) and attention_mask (B, Lq).
+        """
+        config = self.config
+        ids, mask = frame(values, lengths, config, config.query_marker_id, config.mask_token_id, config.query_maxlen)
+        return ids, (mask if not config.attend_to_mask_tokens else torch.ones_like(mask))
+
+    def frame_passages(self, values: np.ndarray, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
+        """[CLS] [D] w1 ... wn [SEP], padded to the longest. Arguments and result as of `frame_queries`."""
+        config = self.config
+        width = min(config.doc_maxlen, int(lengths.max()) + FRAME)
+        return frame(values, lengths, config, config.passage_marker_id, config.pad_token_id, width)
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Unit token embeddings (B, L, D), fp32, of framed tokens (B, L)."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, L, H)
+        return F.normalize(self.linear(hidden).float(), dim=-1)
+
+    def kept(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Which passage tokens are stored and scored (B, L): the real ones that are no punctuation."""
+        if not self.config.mask_punctuation:
+            return attention_mask.bool()
+        skiplist = torch.tensor(self.config.skiplist, device=input_ids.device)
+        return attention_mask.bool() & ~torch.isin(input_ids, skiplist)
+
+    def forward(
+        self, queries: tuple[Tensor, Tensor], passages: list[tuple[Tensor, Tensor]], order: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Embed a training batch: queries as framed; passages as framed batches of similar length.
+
+        order (N,): where each passage of the batches, taken one after the other, belongs.
+        Returns query embeddings (B, Lq, D), passage embeddings (N, Ld, D) and the mask of kept tokens (N, Ld).
+        """
+        width = max(input_ids.shape[1] for input_ids, _ in passages)
+        embeddings = torch.cat([pad(self.embed(*batch), width) for batch in passages])  # (N, Ld, D)
+        kept = torch.cat([pad(self.kept(*batch), width) for batch in passages])  # (N, Ld)
+        back = torch.argsort(order)
+        return self.embed(*queries), embeddings[back], kept[back]
+
+    @torch.inference_mode()
+    def embed_passages(self, values: np.ndarray, lengths: np.ndarray, tokens_per_batch: int | None = None):
+        """Embed passages given as word pieces, in batches of similar length.
+
+        values (T,), lengths (N,). Returns embeddings (T', D) fp16 of the kept tokens in the order given, their
+        number for each passage (N,) int64, and the share of positions that were padding.
+        """
+        budget = tokens_per_batch or TOKENS_PER_BATCH.get(self.device.type, 32768)
+        starts = np.cumsum(lengths) - lengths
+        batches, results, positions = length_batches(lengths + FRAME, budget), [], 0
+        for rows in batches:
+            ids, mask = (
+                part.to(self.device, non_blocking=True)
+                for part in self.frame_passages(values[ranges(starts[rows], lengths[rows])], lengths[rows])
+            )
+            positions += ids.numel()
+            with self.autocast():
+                embeddings = self.embed(ids, mask)  # (B, Ld, D)
+            kept = self.kept(ids, mask)
+            results.append((embeddings[kept].half().cpu(), kept.sum(1).cpu()))
+        order = np.concatenate(batches) if batches else np.zeros(0, np.int64)
+        counts = np.empty(len(lengths), np.int64)
+        counts[order] = np.concatenate([count.numpy() for _, count in results]) if results else 0
+        embeddings = np.empty((counts.sum(), self.config.dim), np.float16)
+        first = np.cumsum(counts) - counts
+        for rows, (part, _) in zip(batches, results, strict=True):
+            embeddings[ranges(first[rows], counts[rows])] = part.numpy()
+        real = np.minimum(lengths + FRAME, self.config.doc_maxlen).sum()
+        return embeddings, counts, 1 - real / max(1, positions)
+
+    def autocast(self):
+        """Compute in the device's fast 16-bit type where it has one."""
+        dtype = fast_dtype(self.device)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    # ------------------------------------------------------------------------------------------------ for a notebook
+
+    @torch.inference_mode()
+    def encode_queries(self, texts: list[str], batch_size: int = 256) -> Tensor:
+        """Query embeddings (B, Lq, D), fp32, on the model's device."""
+        parts = []
+        for start in range(0, len(texts), batch_size):
+            pieces = tokenize(self.tokenizer, texts[start : start + batch_size], self.config.query_maxlen)
+            with self.autocast():
+                parts.append(self.embed(*(part.to(self.device) for part in self.frame_queries(*pieces))))
+        return torch.cat(parts) if parts else torch.zeros(0, self.config.query_maxlen, self.config.dim)
+
+    def encode_passages(self, texts: list[str]) -> list[Tensor]:
+        """Passage embeddings: one (Ld, D) fp16 tensor a passage, on the CPU; punctuation is dropped."""
+        embeddings, counts, _ = self.embed_passages(*tokenize(self.tokenizer, texts, self.config.doc_maxlen))
+        return list(torch.from_numpy(embeddings).split(counts.tolist()))
+
+    def score(self, queries: Tensor | list[str], passages: list[Tensor] | list[str]) -> Tensor:
+        """MaxSim (B, N), fp32, of queries (texts or embeddings) with passages (texts or embeddings)."""
+        if len(queries) and isinstance(queries[0], str):
+            queries = self.encode_queries(queries)
+        if not len(passages):
+            return torch.zeros(len(queries), 0)
+        if isinstance(passages[0], str):
+            passages = self.encode_passages(passages)
+        lengths = torch.tensor([len(passage) for passage in passages], device=queries.device)
+        return maxsim_packed(queries, torch.cat(list(passages)).to(queries.device, torch.float32), lengths)
+
+
+def frame(values, lengths, config: ColBERTConfig, marker_id: int, fill_id: int, width: int) -> tuple[Tensor, Tensor]:
+    """Frame word pieces: [CLS] marker w1 ... wn [SEP] and the fill, (B, width), and the mask of what is not fill."""
+    used = np.minimum(lengths, width - FRAME)
+    ids = np.full((len(lengths), width), fill_id, np.int64)
+    ids[:, 0], ids[:, 1] = config.cls_token_id, marker_id
+    columns = np.arange(width)
+    ids[(columns >= 2) & (columns < used[:, None] + 2)] = values[ranges(np.cumsum(lengths) - lengths, used)]
+    ids[np.arange(len(used)), used + 2] = config.sep_token_id
+    return torch.from_numpy(ids), torch.from_numpy((columns < used[:, None] + FRAME).astype(np.int64))
+
+
+def length_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
+    """Rows grouped into batches of similar length, the longest first, each at most `tokens_per_batch` positions."""
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        size = max(1, tokens_per_batch // int(lengths[order[start]]))
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
+def pad(tensor: Tensor, width: int) -> Tensor:
+    """Fill (B, L, ...) with zeros to (B, width, ...)."""
+    return F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, width - tensor.shape[1]))
+
+
+def drop_pooler(encoder: nn.Module) -> None:
+    """Token embeddings need no pooler; left in place, its weights would get no gradient."""
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None
+
+
+def set_dropout(config, dropout: float | None) -> None:
+    """Set every dropout rate of an encoder's config; None leaves them."""
+    for key, value in list(vars(config).items()):
+        if dropout is not None and "dropout" in key and isinstance(value, float | int):
+            setattr(config, key, dropout)
+
+
+def first_of(*values):
+    """The first value that is not None."""
+    return next(value for value in values if value is not None)
+
+
+def fast_dtype(device) -> torch.dtype:
+    """bf16 where the device computes in it (fp16 on older GPUs), else fp32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "cpu":
+        path = Path("/proc/cpuinfo")
+        flags = path.read_text() if path.exists() else ""
+        return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
+    return torch.float32
+
+
+def model_fingerprint(path) -> str:
+    """Fingerprint of a model folder: its weights and settings."""
+    folder = Path(path)
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    if len(files) < 2 or not files[0].is_file():
+        raise InputError(f"{path}: no model here (config.json and *.safetensors): run train.py first")
+    return fingerprint(*files)

@@ -1,0 +1,168 @@
+"""Ragged arrays and ids on disk: rows of different lengths as one `values.npy` and int64 `offsets.npy` (n + 1).
+
+Row i is `values[offsets[i]:offsets[i + 1]]`. Both files are plain .npy, memory-mapped when read and appended to when
+written, so neither reader nor writer holds more than the rows in hand.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+BLOCK = 1 << 16  # ids handled at a time
+
+
+class NpyWriter:
+    """Append rows to a .npy file whose length is not known beforehand; it can be loaded once `close` was called."""
+
+    def __init__(self, path, dtype, row_shape: tuple[int, ...] = ()):
+        self.file = open(path, "wb+")  # noqa: SIM115 - closed by close()
+        self.dtype, self.row_shape, self.n_rows = np.dtype(dtype), row_shape, 0
+        self._write_header()
+        self.start = self.file.tell()
+
+    def _write_header(self) -> None:
+        # numpy pads the header so that a longer first axis still fits: it can be written again over itself
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.n_rows, *self.row_shape)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def append(self, rows: np.ndarray) -> None:
+        assert rows.shape[1:] == self.row_shape, (rows.shape, self.row_shape)
+        self.file.write(np.ascontiguousarray(rows, self.dtype).data.cast("B") if len(rows) else b"")
+        self.n_rows += len(rows)
+
+    def close(self) -> None:
+        self.file.seek(0)
+        self._write_header()
+        assert self.file.tell() == self.start, "the .npy header changed its length"
+        self.file.close()
+
+
+class RaggedWriter:
+    """Append rows to a ragged array in `folder`; it is whole once `close` was called."""
+
+    def __init__(self, folder, dtype, row_shape: tuple[int, ...] = ()):
+        Path(folder).mkdir(parents=True)
+        self.values = NpyWriter(Path(folder) / "values.npy", dtype, row_shape)
+        self.offsets = NpyWriter(Path(folder) / "offsets.npy", np.int64)
+        self.offsets.append(np.zeros(1, np.int64))
+
+    def __len__(self) -> int:
+        return self.offsets.n_rows - 1
+
+    def append(self, values: np.ndarray, lengths: np.ndarray) -> None:
+        """Append len(lengths) rows; values (sum of lengths, ...) holds them one after the other."""
+        assert len(values) == lengths.sum(), (len(values), lengths.sum())
+        self.offsets.append(self.values.n_rows + np.cumsum(lengths, dtype=np.int64))
+        self.values.append(values)
+
+    def close(self) -> None:
+        self.values.close()
+        self.offsets.close()
+
+
+class Ragged:
+    """A memory-mapped ragged array: `len`, one row by `[i]`, many by `gather`."""
+
+    def __init__(self, folder):
+        self.values = np.load(Path(folder) / "values.npy", mmap_mode="r")
+        self.offsets = np.load(Path(folder) / "offsets.npy", mmap_mode="r")
+        assert self.offsets[-1] == len(self.values), (folder, self.offsets[-1], len(self.values))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Lengths of the given rows (n,)."""
+        return self.offsets[rows + 1] - self.offsets[rows]
+
+    def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values (T, ...) of the given rows one after the other, and their lengths (n,)."""
+        lengths = self.lengths(rows)
+        return self.values[ranges(self.offsets[rows], lengths)], lengths
+
+    def slice(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `gather` for the neighbouring rows start ... stop - 1, without a copy."""
+        offsets = self.offsets[start : stop + 1]
+        return self.values[offsets[0] : offsets[-1]], np.diff(offsets)
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, ..., start + length - 1 of each range, one after the other: (sum of lengths,) int64."""
+    shifts = starts - np.cumsum(lengths) + lengths
+    return np.arange(lengths.sum()) + np.repeat(shifts, lengths)
+
+
+class IdWriter:
+    """Append ids to a .npy file: int64 if every one is a plain decimal number, else fixed-width UTF-8 bytes."""
+
+    def __init__(self, path):
+        self.path, self.text = Path(path), Path(f"{path}.text")
+        self.file = open(self.text, "wb+")  # noqa: SIM115 - closed by close()
+        self.are_numbers, self.width = True, 1
+
+    def append(self, ids: list[str]) -> None:
+        encoded = [identifier.encode() for identifier in ids]
+        self.width = max(self.width, max(map(len, encoded), default=0))
+        self.are_numbers = self.are_numbers and all(map(is_number, encoded))
+        self.file.writelines(identifier + b"\n" for identifier in encoded)
+
+    def close(self) -> None:
+        self.file.seek(0)
+        writer = NpyWriter(self.path, np.int64 if self.are_numbers else f"S{self.width}")
+        while lines := self.file.readlines(BLOCK * self.width):
+            writer.append(np.array([line[:-1] for line in lines], f"S{self.width}").astype(writer.dtype))
+        writer.close()
+        self.file.close()
+        self.text.unlink()
+
+
+def is_number(identifier: bytes) -> bool:
+    """Whether the id survives the way through an int64: digits, no leading zero, under 10^18."""
+    return identifier.isdigit() and len(identifier) < 19 and (identifier[:1] != b"0" or identifier == b"0")
+
+
+class Ids:
+    """The ids of an artifact's rows, both ways: `text(rows)` and `rows(ids)`; 8 bytes a row once ids are looked up."""
+
+    def __init__(self, path):
+        self.ids = np.load(path, mmap_mode="r")
+        self._order = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def text(self, rows) -> list[str]:
+        """Ids of the given rows."""
+        ids = self.ids[rows]
+        return [str(i) for i in ids] if self.ids.dtype.kind == "i" else [i.decode() for i in ids.tolist()]
+
+    def order(self) -> np.ndarray:
+        """Rows in the order of their ids (n,)."""
+        if self._order is None:
+            self._order = np.argsort(self.ids, kind="stable")
+        return self._order
+
+    def duplicate(self) -> tuple[str, int, int] | None:
+        """(id, its first row, its second row) of the earliest repeated id, or None."""
+        order = self.order()
+        repeats = np.flatnonzero(self.ids[order[1:]] == self.ids[order[:-1]])
+        if not len(repeats):
+            return None
+        first = repeats[np.argmin(order[repeats + 1])]
+        return self.text([order[first]])[0], int(order[first]), int(order[first + 1])
+
+    def rows(self, ids: list[str]) -> np.ndarray:
+        """Row of each id (n,) int64, -1 where there is none."""
+        order = self.order()
+        encoded = [identifier.encode() for identifier in ids]
+        if not len(order) or not len(encoded):
+            return np.full(len(encoded), -1)
+        if self.ids.dtype.kind == "i":
+            wanted = np.array([int(identifier) if is_number(identifier) else -1 for identifier in encoded])
+        else:
+            wanted = np.array(encoded)
+        found = order[np.minimum(np.searchsorted(self.ids, wanted, sorter=order), len(order) - 1)]
+        return np.where(self.ids[found] == wanted, found, -1)

@@ -1,0 +1,476 @@
+"""Train ColBERT on triples: softmax cross-entropy of the positive against its negatives (paper, section 3.3).
+
+    python train.py --tokens_dir tokens --base_model bert-base-uncased --output_dir model
+    accelerate launch --multi_gpu --num_processes 4 --mixed_precision bf16 train.py ...   # the same, on four GPUs
+
+reads   tokens/ (tsv2mmap.py) and a Hugging Face encoder, or a ColBERT model to go on from
+writes  model/ (weights, settings and tokenizer: what ColBERT.from_pretrained opens), model/log.jsonl (one line a
+        step), model/loss.png, model/checkpoints/step-N/ (the last few: a model folder with optimizer, scheduler and
+        random state), model/best/ where --dev_queries is given
+
+A run killed at any time goes on with --resume: the same batches, the same losses. The batch of a step is a function
+of the step, so the position in the data is the step itself. Reference: 12.5 steps/s of 32 triples on an A100.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+
+import runs
+from artifact import InputError, check_file, make_meta, publish, read_meta, run_stage, write_json
+from model import FRAME, ColBERT, length_batches, maxsim, maxsim_packed, maxsim_pairs, tokenize, tokenizer_fingerprint
+from ragged import Ids, Ragged, ranges
+from tsv import read_queries
+
+TRAIN_TOKENS_PER_BATCH = {"cpu": 2560, "cuda": 1 << 16}  # passages that go through the encoder together
+
+
+class Triples:
+    """The training batches: a function of the step, so that nothing has to be remembered to resume."""
+
+    def __init__(self, tokens_dir, batch_size: int, shuffle_seed: int | None):
+        self.passages, self.queries = Ragged(Path(tokens_dir) / "passages"), Ragged(Path(tokens_dir) / "queries")
+        self.triples = np.load(Path(tokens_dir) / "triples.npy", mmap_mode="r")  # (n, 2 + k)
+        self.batch_size, self.shuffle_seed = batch_size, shuffle_seed
+        self.epoch, self.order = -1, None
+
+    def rows(self, step: int) -> np.ndarray:
+        """Triples (batch_size, 2 + k) of a step, counted from 0; the data starts again when it is used up."""
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        if self.shuffle_seed is None:
+            return self.triples[positions % len(self.triples)]
+        epochs = positions // len(self.triples)
+        return np.concatenate(
+            [
+                self.triples[self._order(epoch)[positions[epochs == epoch] % len(self.triples)]]
+                for epoch in np.unique(epochs).tolist()
+            ]
+        )
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch != self.epoch:
+            rng = np.random.default_rng([self.shuffle_seed, epoch])
+            self.epoch, self.order = epoch, rng.permutation(np.arange(len(self.triples), dtype=np.int32))
+        return self.order
+
+
+def collate(data: Triples, rows: np.ndarray, model: ColBERT, tokens_per_batch: int) -> dict:
+    """A micro-batch of triples (B, 1 + K) as tensors: framed queries, and framed passages in batches of like length."""
+    queries = model.frame_queries(*data.queries.gather(rows[:, 0]))
+    passage_rows = rows[:, 1:].reshape(-1)  # (B * K,): each query's positive, then its negatives
+    lengths = data.passages.lengths(passage_rows)
+    batches = length_batches(lengths + FRAME, tokens_per_batch)
+    return {
+        "queries": queries,
+        "passages": [model.frame_passages(*data.passages.gather(passage_rows[batch])) for batch in batches],
+        "order": torch.from_numpy(np.concatenate(batches)),
+        "passage_rows": torch.from_numpy(passage_rows.astype(np.int64)).view(len(rows), -1),  # (B, K)
+    }
+
+
+def triples_loss(Q, P, kept, passage_rows, scale: float, in_batch_negatives: bool) -> torch.Tensor:
+    """Mean cross-entropy of each query's positive against its negatives, or against all passages of the batch.
+
+    Q (B, Lq, D), P (B * K, Ld, D), kept (B * K, Ld), passage_rows (B, K): a query's positive stands first.
+    scale: 2 gives v1's l2 similarity -|q - d|^2 = 2 q.d - 2 its softmax, 1 is cosine.
+    """
+    B, K = passage_rows.shape
+    if not in_batch_negatives:
+        logits = maxsim_pairs(Q, P.view(B, K, *P.shape[1:]), kept.view(B, K, -1))  # (B, K)
+        return F.cross_entropy(scale * logits, torch.zeros(B, dtype=torch.long, device=Q.device))
+    positives = torch.arange(B, device=Q.device) * K
+    same = passage_rows.view(1, -1) == passage_rows[:, :1]  # another copy of the positive is no negative
+    same[torch.arange(B, device=Q.device), positives] = False
+    logits = maxsim(Q, P, kept).masked_fill(same, -torch.inf)  # (B, B * K)
+    return F.cross_entropy(scale * logits, positives)
+
+
+def to_device(batch, device):
+    """Move the tensors of a nest of dicts, lists and tuples."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    return type(batch)(to_device(value, device) for value in batch)
+
+
+class DevSet:
+    """Reranking of given candidates, measured while training: MRR@10 by the same code as evaluate.py."""
+
+    def __init__(self, args, tokens_meta: dict, tokenizer):
+        self.qrels = runs.read_qrels(args.dev_qrels)
+        texts = {qid: text for qid, text in read_queries(args.dev_queries).items() if qid in self.qrels}
+        pids = Ids(args.tokens_dir / "pids.npy")
+        candidates = runs.read_candidates(args.dev_candidates, pids, texts)
+        self.qids = [qid for qid in texts if len(candidates[qid])]
+        if not self.qids:
+            raise InputError(f"{args.dev_candidates}: has candidates for none of the judged queries")
+        self.qrels = {qid: self.qrels[qid] for qid in self.qids}
+        self.rows = [candidates[qid][: args.dev_depth] for qid in self.qids]
+        self.pids = [pids.text(rows) for rows in self.rows]
+        self.query_tokens = tokenize(tokenizer, [texts[qid] for qid in self.qids], tokens_meta["query_maxlen"])
+        self.passages = Ragged(args.tokens_dir / "passages")
+
+    @torch.inference_mode()
+    def mrr(self, model: ColBERT) -> float:
+        """MRR@10 of the candidates in the order of the model's scores; every candidate is embedded once."""
+        unique, inverse = np.unique(np.concatenate(self.rows), return_inverse=True)
+        embeddings, counts, _ = model.embed_passages(*self.passages.gather(unique))
+        embeddings, starts = torch.from_numpy(embeddings), np.cumsum(counts) - counts
+        with model.autocast():
+            queries = model.embed(*(part.to(model.device) for part in model.frame_queries(*self.query_tokens))).cpu()
+        run, first = {}, 0
+        for query, qid, pids in zip(queries, self.qids, self.pids, strict=True):
+            rows = inverse[first : first + len(pids)]
+            first += len(pids)
+            packed = embeddings[torch.from_numpy(ranges(starts[rows], counts[rows]))].float()
+            scores = maxsim_packed(query[None], packed, torch.from_numpy(counts[rows]))[0]
+            run[qid] = dict(zip(pids, scores.tolist(), strict=True))
+        return runs.measure(self.qrels, run, ["MRR@10"])["MRR@10"]
+
+
+def save_checkpoint(accelerator: Accelerator, model: ColBERT, folder: Path, step: int, keep: int) -> None:
+    """Publish checkpoints/step-N: all that a resume needs, and a model folder in itself; drop the oldest."""
+    final, partial = folder / f"step-{step:07d}", folder / f"step-{step:07d}.partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(partial, safe_serialization=True)
+    if accelerator.is_main_process:
+        model.config.save_pretrained(partial)
+        model.tokenizer.save_pretrained(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, the oldest first, by number."""
+    found = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def save_model(model: ColBERT, folder: Path, meta: dict) -> None:
+    """Put the finished model into a folder that may hold other things: settings and meta.json come last."""
+    with publish(folder / "model.new") as partial:
+        model.save_pretrained(partial)
+        write_json(partial / "meta.json", meta)
+    names = sorted(os.listdir(folder / "model.new"), key=lambda name: (name == "meta.json", name == "config.json"))
+    for name in names:
+        os.replace(folder / "model.new" / name, folder / name)
+    (folder / "model.new").rmdir()
+
+
+def read_log(path: Path) -> list[dict]:
+    """Lines of log.jsonl; a last line that a kill left half-written is passed over."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def plot_loss(log: Path, picture: Path) -> None:
+    """Draw the loss of every step, its running mean, and MRR@10 on the dev set where it was measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = read_log(log)
+    steps, losses = np.array([(line["step"], line["loss"]) for line in lines if "loss" in line]).T
+    window = max(1, len(losses) // 50)
+    mean = np.convolve(losses, np.ones(window) / window, mode="valid")
+    figure, axis = plt.subplots(figsize=(8, 4.5))
+    axis.plot(steps, losses, color="0.8", linewidth=0.8, label="loss of a step")
+    axis.plot(steps[window - 1 :], mean, color="C0", label=f"mean of {window} steps")
+    axis.set(xlabel="step", ylabel="cross-entropy")
+    dev = np.array([(line["step"], line["dev_mrr@10"]) for line in lines if "dev_mrr@10" in line])
+    if len(dev):
+        right = axis.twinx()
+        right.plot(*dev.T, "C1.-", label="MRR@10 on dev candidates")
+        right.set_ylabel("MRR@10")
+        right.legend(loc="upper center")
+    axis.legend(loc="upper right")
+    figure.tight_layout()
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def wandb_mode(asked: str) -> str:
+    """'auto' is online where the user is logged in and offline otherwise, decided before wandb could ask."""
+    if asked != "auto":
+        return asked
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    import netrc
+
+    try:
+        logged_in = bool(os.environ.get("WANDB_API_KEY")) or "api.wandb.ai" in netrc.netrc().hosts
+    except (OSError, netrc.NetrcParseError):
+        logged_in = False
+    return "online" if logged_in else "offline"
+
+
+def check_args(args, accelerator: Accelerator) -> tuple[dict, int]:
+    """Check what can be checked before anything is written; returns tokens' meta.json and the micro-batch size."""
+    tokens_meta = read_meta(args.tokens_dir, "tokens", "tsv2mmap.py")
+    if not tokens_meta["counts"].get("triples"):
+        raise InputError(f"{args.tokens_dir}: holds no triples: run tsv2mmap.py with --triples")
+    shares = accelerator.num_processes * args.gradient_accumulation_steps
+    if args.batch_size % shares:
+        raise InputError(
+            f"--batch_size {args.batch_size} does not divide among {accelerator.num_processes} process(es) x "
+            f"{args.gradient_accumulation_steps} accumulation step(s): make it a multiple of {shares}"
+        )
+    dev = (args.dev_queries, args.dev_qrels, args.dev_candidates)
+    if any(dev) and not all(dev):
+        raise InputError("evaluation while training needs --dev_queries, --dev_qrels and --dev_candidates")
+    for path in filter(None, dev):
+        check_file(path, "dev set of train.py")
+    checkpoints = list_checkpoints(args.output_dir / "checkpoints")
+    if (args.output_dir / "meta.json").exists():
+        raise InputError(f"{args.output_dir}: holds a finished model: remove it, or choose another --output_dir")
+    if checkpoints and not args.resume:
+        raise InputError(f"{args.output_dir}: holds {checkpoints[-1].name}: go on with --resume, or remove the folder")
+    return tokens_meta, args.batch_size // shares
+
+
+def load_model(args, tokens_meta: dict) -> ColBERT:
+    """The base model, as a ColBERT with the lengths the tokens were cut to. Raises InputError on another tokenizer."""
+    settings = Path(args.base_model) / "config.json"
+    if settings.is_file() and json.loads(settings.read_text()).get("model_type") == "colbert":
+        model = ColBERT.from_pretrained(args.base_model)
+    else:
+        model = ColBERT.from_base(
+            args.base_model,
+            dropout=args.dropout,
+            dim=args.dim,
+            query_maxlen=tokens_meta["query_maxlen"],
+            doc_maxlen=tokens_meta["doc_maxlen"],
+            mask_punctuation=args.mask_punctuation,
+        )
+    if tokenizer_fingerprint(model.tokenizer) != tokens_meta["tokenizer_fingerprint"]:
+        raise InputError(
+            f"{args.tokens_dir}: tokenised by {tokens_meta['tokenizer']}, another tokenizer than {args.base_model}'s: "
+            "run tsv2mmap.py with --tokenizer " + str(args.base_model)
+        )
+    return model
+
+
+def main(args):
+    started = time.time()
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        cpu=args.cpu,
+        step_scheduler_with_optimizer=False,
+        log_with="wandb" if args.wandb_mode != "disabled" else None,
+    )
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    tokens_meta, micro_size = check_args(args, accelerator)
+    set_seed(args.seed)
+    model = load_model(args, tokens_meta)
+    model.train()
+    dev_set = DevSet(args, tokens_meta, model.tokenizer) if args.dev_queries else None
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-8, weight_decay=args.weight_decay, fused=True)
+    warmup, total = args.warmup_steps, args.max_steps
+    decay = {"constant": lambda step: 1.0, "linear": lambda step: max(0.0, (total - step) / max(1, total - warmup))}
+    schedule = lambda step: min((step + 1) / (warmup + 1), decay[args.schedule](step))  # noqa: E731
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    wrapped, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+
+    data = Triples(args.tokens_dir, args.batch_size, args.seed if args.shuffle else None)
+    checkpoints, log_path = args.output_dir / "checkpoints", args.output_dir / "log.jsonl"
+    step, best = 0, 0.0
+    resumable = list_checkpoints(checkpoints)
+    if args.resume and resumable:
+        accelerator.load_state(resumable[-1])
+        step = int(resumable[-1].name.removeprefix("step-"))
+        accelerator.print(f"resuming after step {step}")
+    log = None
+    if accelerator.is_main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        lines = [line for line in read_log(log_path) if line["step"] <= step]
+        log_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        best = max((line["dev_mrr@10"] for line in lines if "dev_mrr@10" in line), default=0.0)
+        log = log_path.open("a", buffering=1)
+    if args.wandb_mode != "disabled":
+        os.environ["WANDB_MODE"] = wandb_mode(args.wandb_mode)
+        os.environ.setdefault("WANDB_SILENT", "true")
+        config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        accelerator.init_trackers(args.wandb_project, config, {"wandb": {"dir": str(args.output_dir)}})
+
+    def micro_batches(step: int) -> list[dict]:
+        rows = data.rows(step)
+        mine = rows.reshape(args.gradient_accumulation_steps, accelerator.num_processes, micro_size, rows.shape[1])
+        budget = TRAIN_TOKENS_PER_BATCH.get(accelerator.device.type, 1 << 14)
+        return [collate(data, part, model, budget) for part in mine[:, accelerator.process_index]]
+
+    losses, last_logged, clock = [], step, time.time()
+
+    def flush() -> None:
+        """Write the losses since the last time: one transfer and one gather for many steps."""
+        nonlocal losses, last_logged, clock
+        if not losses:
+            return
+        mean = accelerator.reduce(torch.stack(losses), "mean").tolist()
+        rate = len(mean) * args.batch_size / (time.time() - clock)
+        if accelerator.is_main_process:
+            for i, loss in enumerate(mean, last_logged + 1):
+                log.write(json.dumps({"step": i, "loss": loss}) + "\n")
+            bar.set_postfix(loss=f"{np.mean(mean):.4f}", examples_per_s=f"{rate:.1f}")
+        accelerator.log({"loss": float(np.mean(mean)), "lr": scheduler.get_last_lr()[0], "examples/s": rate}, step=step)
+        if not np.isfinite(mean).all():
+            raise InputError(f"loss is {mean} by step {step}: lower --lr, or try --mixed_precision bf16")
+        losses, last_logged, clock = [], step, time.time()
+
+    bar = tqdm(total=args.max_steps, initial=step, disable=None if accelerator.is_main_process else True, desc="train")
+    scale = {"l2": 2.0, "cosine": 1.0}[args.similarity]
+    train_seconds = time.time()
+    with ThreadPoolExecutor(1) as loader:  # builds the next batch while this one computes
+        upcoming = loader.submit(micro_batches, step)
+        while step < args.max_steps:
+            batches = upcoming.result()
+            if step + 1 < args.max_steps:
+                upcoming = loader.submit(micro_batches, step + 1)
+            step_loss = torch.zeros((), device=accelerator.device)
+            for batch in batches:
+                batch = to_device(batch, accelerator.device)
+                with accelerator.accumulate(wrapped):
+                    Q, P, kept = wrapped(batch["queries"], batch["passages"], batch["order"])
+                    loss = triples_loss(Q, P, kept, batch["passage_rows"], scale, args.in_batch_negatives)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients and args.max_grad_norm > 0:
+                        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                step_loss += loss.detach() / len(batches)
+            scheduler.step()
+            step += 1
+            losses.append(step_loss)
+            bar.update()
+            if step % args.log_steps == 0 or step == args.max_steps:
+                flush()
+            if dev_set and (step % args.eval_steps == 0 or step == args.max_steps):
+                flush()
+                if accelerator.is_main_process:
+                    model.eval()
+                    mrr = dev_set.mrr(model)
+                    model.train()
+                    log.write(json.dumps({"step": step, "dev_mrr@10": mrr}) + "\n")
+                    tqdm.write(f"step {step}: MRR@10 on dev candidates {mrr:.4f}")
+                    if mrr > best:
+                        best = mrr
+                        with publish(args.output_dir / "best") as partial:
+                            model.save_pretrained(partial)
+                            write_json(partial / "meta.json", {"kind": "model", "step": step, "dev_mrr@10": mrr})
+                    accelerator.log({"dev_mrr@10": mrr}, step=step)
+                accelerator.wait_for_everyone()
+                clock = time.time()
+            if step % args.save_steps == 0 and step < args.max_steps:
+                flush()
+                save_checkpoint(accelerator, model, checkpoints, step, args.keep_checkpoints)
+                clock = time.time()
+    bar.close()
+    train_seconds = time.time() - train_seconds
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        log.close()
+        plot_loss(log_path, args.output_dir / "loss.png")
+        final_loss = float(np.mean([line["loss"] for line in read_log(log_path) if "loss" in line][-100:]))
+        facts = {
+            "base_model": args.base_model,
+            "tokens_fingerprint": tokens_meta["fingerprint"],
+            "tokenizer_fingerprint": tokens_meta["tokenizer_fingerprint"],
+            "steps": step,
+            "processes": accelerator.num_processes,
+            "train_seconds": round(train_seconds, 2),
+            "loss_of_last_100_steps": round(final_loss, 4),
+            "best_dev_mrr@10": best if dev_set else None,
+        }
+        meta = make_meta("model", tokens_meta["fingerprint"], started, args, **facts)
+        save_model(model, args.output_dir, meta)
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        return {"output_dir": str(args.output_dir), "seconds": meta["seconds"], **facts}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    switch = argparse.BooleanOptionalAction
+
+    group = parser.add_argument_group("data and model")
+    group.add_argument("--tokens_dir", type=Path, required=True, help="what tsv2mmap.py wrote, with triples")
+    group.add_argument("--base_model", required=True, help="Hugging Face encoder, or a ColBERT model to go on from")
+    group.add_argument("--output_dir", type=Path, required=True, help="the model folder to write")
+    group.add_argument("--dim", type=int, default=128, help="size of a token embedding (default 128)")
+    group.add_argument("--mask_punctuation", action=switch, default=True, help="drop punctuation in passages")
+    group.add_argument("--similarity", choices=("l2", "cosine"), default="l2", help="of the training loss (default l2)")
+    group.add_argument("--dropout", type=float, help="dropout rate of the encoder (default: as it comes)")
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--max_steps", type=int, default=400_000, help="optimiser steps, exactly (default 400000)")
+    group.add_argument("--batch_size", type=int, default=32, help="triples a step over all processes (default 32)")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="parts a batch is computed in")
+    group.add_argument(
+        "--in_batch_negatives",
+        action=switch,
+        default=False,
+        help="also take the other passages of the micro-batch as negatives (not v1)",
+    )
+    group.add_argument("--lr", type=float, default=3e-6, help="peak learning rate (default 3e-6)")
+    group.add_argument("--warmup_steps", type=int, default=0, help="steps of linear warm-up (default 0)")
+    group.add_argument(
+        "--schedule",
+        choices=("constant", "linear"),
+        default="constant",
+        help="after the warm-up: constant as v1, or linear decay to 0 at --max_steps",
+    )
+    group.add_argument("--weight_decay", type=float, default=0.0, help="of AdamW (default 0)")
+    group.add_argument("--max_grad_norm", type=float, default=2.0, help="clip gradients; 0: not at all (default 2)")
+    group.add_argument("--shuffle", action=switch, default=False, help="random order by --seed, else file order as v1")
+    group.add_argument("--seed", type=int, default=12345, help="of dropout, the projection and --shuffle")
+
+    group = parser.add_argument_group("running")
+    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's own setting")
+    group.add_argument("--cpu", action=switch, default=False, help="train on the CPU even where there is a GPU")
+    group.add_argument("--resume", action=switch, default=False, help="go on from the last checkpoint, if there is one")
+    group.add_argument("--save_steps", type=int, default=10_000, help="steps between checkpoints (default 10000)")
+    group.add_argument("--keep_checkpoints", type=int, default=2, help="how many to keep (default 2)")
+    group.add_argument("--log_steps", type=int, default=10, help="steps between writes to the log (default 10)")
+    group.add_argument(
+        "--wandb_mode",
+        choices=("auto", "online", "offline", "disabled"),
+        default="auto",
+        help="auto: online where logged in, else offline; never asks (default auto)",
+    )
+    group.add_argument("--wandb_project", default="nanocolbert", help="wandb project (default nanocolbert)")
+
+    group = parser.add_argument_group("evaluation while training (reranking)")
+    group.add_argument("--dev_queries", type=Path, help="qid, query")
+    group.add_argument("--dev_qrels", type=Path, help="qrels of these queries")
+    group.add_argument("--dev_candidates", type=Path, help="a run, or top1000.dev; pids of the tokens' collection")
+    group.add_argument("--dev_depth", type=int, default=100, help="candidates of a query that are used (default 100)")
+    group.add_argument("--eval_steps", type=int, default=1000, help="steps between evaluations (default 1000)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_stage(main, parse_args())

@@ -1,0 +1,279 @@
+"""Turn a collection, queries and training triples into memory-mapped word pieces.
+
+    python tsv2mmap.py --collection data/msmarco/collection.tsv --queries data/msmarco/queries.train.tsv \
+        --triples data/msmarco/triples.train.small.tsv --tokenizer bert-base-uncased --output_dir tokens
+
+reads   collection.tsv (pid, passage), queries.tsv (qid, query), triples.tsv (three texts, or ids: query, positive
+        and one or more negatives); each may be .gz
+writes  tokens/passages, tokens/queries (ragged word pieces without special tokens, uint16 or uint32),
+        tokens/pids.npy, tokens/qids.npy, tokens/triples.npy (int32 rows, in file order)
+
+Each distinct text is tokenised and stored once. Triples of text are matched to the collection and the queries by a
+64-bit hash of the text (two of 9 million texts share one with probability 2e-6); texts found in neither are stored
+after them, without an id: they are trained on, and not embedded for search. Memory does not grow with the
+collection but for 8 bytes an id, and 12 bytes a distinct text where triples are texts.
+"""
+
+import argparse
+import collections
+import hashlib
+import itertools
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from artifact import InputError, check_file, fingerprint, publish, run_stage, write_meta
+from model import load_tokenizer, tokenize, tokenizer_fingerprint
+from ragged import Ids, IdWriter, NpyWriter, RaggedWriter
+from tsv import open_bytes, read_id_text, read_rows
+
+CHUNK = 2000  # texts handed to a worker at a time
+
+
+class TokenWriter:
+    """Tokenises texts on all workers and writes them, in order, as one ragged array."""
+
+    def __init__(self, folder, pool, dtype, kind: str):
+        self.writer, self.pool, self.kind, self.pending = RaggedWriter(folder, dtype), pool, kind, collections.deque()
+        self.n_texts = 0
+
+    def append(self, texts: list[str]) -> None:
+        self.n_texts += len(texts)
+        self.pending.append(self.pool.apply_async(tokenize_chunk, (texts, self.kind)))
+        if len(self.pending) > 2 * self.pool._processes + 2:  # bounds what is read ahead
+            self._write_one()
+
+    def _write_one(self) -> None:
+        self.writer.append(*self.pending.popleft().get())
+
+    def close(self) -> None:
+        while self.pending:
+            self._write_one()
+        self.writer.close()
+
+
+def start_worker(name_or_path: str, maxlen: dict[str, int], dtype: str) -> None:
+    """Load the tokenizer once in each worker; the workers are the parallelism, so each keeps to one thread."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenize_chunk.tokenizer, tokenize_chunk.maxlen, tokenize_chunk.dtype = load_tokenizer(name_or_path), maxlen, dtype
+
+
+def tokenize_chunk(texts: list[str], kind: str) -> tuple[np.ndarray, np.ndarray]:
+    values, lengths = tokenize(tokenize_chunk.tokenizer, texts, tokenize_chunk.maxlen[kind])
+    return values.astype(tokenize_chunk.dtype), lengths
+
+
+class TextRows:
+    """Row of each distinct text, by 64-bit hash: a sorted array, and a small dict of what came since it was sorted."""
+
+    def __init__(self):
+        self.hashes, self.sorted_rows, self.recent = np.zeros(0, np.uint64), np.zeros(0, np.int32), {}
+
+    def find(self, hashes: np.ndarray) -> np.ndarray:
+        """Row of each hash (n,) int64, -1 where it is new."""
+        if len(self.recent) > max(1 << 16, len(self.hashes) // 4):
+            self._merge()
+        rows = np.full(len(hashes), -1, np.int64)
+        if len(self.hashes):
+            at = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
+            rows = np.where(self.hashes[at] == hashes, self.sorted_rows[at], rows)
+        new = np.flatnonzero(rows < 0)
+        rows[new] = [self.recent.get(h, -1) for h in hashes[new].tolist()]
+        return rows
+
+    def add(self, hashes: np.ndarray, first_row: int) -> None:
+        """Give rows first_row, first_row + 1, ... to the hashes; a text that came before keeps its first row."""
+        for row, h in enumerate(hashes.tolist(), first_row):
+            self.recent.setdefault(h, row)
+
+    def _merge(self) -> None:
+        hashes = np.concatenate([self.hashes, np.fromiter(self.recent.keys(), np.uint64, len(self.recent))])
+        rows = np.concatenate([self.sorted_rows, np.fromiter(self.recent.values(), np.int32, len(self.recent))])
+        order = np.argsort(hashes, kind="stable")
+        self.hashes, self.sorted_rows, self.recent = hashes[order], rows[order], {}
+
+
+def hash_texts(texts: list[str]) -> np.ndarray:
+    """64-bit hash of each text (n,)."""
+    digests = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    return np.frombuffer(digests, np.uint64)
+
+
+def convert_texts(path, what: str, writer: TokenWriter, ids: IdWriter, text_rows: TextRows | None) -> None:
+    """Write a file of (id, text) as word pieces and ids. Raises InputError, also on a repeated id."""
+    rows = tqdm(read_id_text(path, what), desc=Path(path).name, unit=" texts", unit_scale=True, mininterval=1)
+    for chunk in batched(rows, CHUNK):
+        texts = [text for _, _, text in chunk]
+        if text_rows is not None:
+            hashes = hash_texts(texts)
+            text_rows.find(hashes)  # keeps the recent ones few
+            text_rows.add(hashes, writer.n_texts)
+        ids.append([identifier for _, identifier, _ in chunk])
+        writer.append(texts)
+    ids.close()
+    repeated = Ids(ids.path).duplicate()
+    if repeated:
+        identifier, first, second = repeated
+        raise InputError(
+            f"{path}:{second + 1}: id {identifier!r} a second time (first on line {first + 1}): ids must be unique"
+        )
+
+
+def batched(iterable, size: int):
+    """Lists of `size` items, the last one shorter."""
+    iterator = iter(iterable)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
+
+
+def guess_format(path, has_ids: bool) -> str:
+    """'id' where there are ids to refer to and no field of the first line has a space, else 'text'."""
+    with open_bytes(path, "triples") as file:
+        fields = file.readline().decode(errors="replace").rstrip("\r\n").split("\t")
+    return "id" if has_ids and not any(" " in field for field in fields) else "text"
+
+
+def convert_id_triples(path, folder: Path, limit: int | None) -> int:
+    """Write triples of ids as rows of (query, positive, negatives ...); returns how many."""
+    qids, pids = Ids(folder / "qids.npy"), Ids(folder / "pids.npy")
+    with open_bytes(path, "triples") as file:
+        n_columns = max(3, file.readline().count(b"\t") + 1)
+    writer = NpyWriter(folder / "triples.npy", np.int32, (n_columns,))
+    columns = ", ".join(["qid", "positive pid", *["negative pid"] * (n_columns - 2)])
+    lines = itertools.islice(read_rows(path, columns, "triples"), limit)
+    for chunk in batched(tqdm(lines, desc=Path(path).name, unit=" triples", unit_scale=True), 10 * CHUNK):
+        fields = list(zip(*(fields for _, fields in chunk), strict=True))
+        rows = np.stack([qids.rows(fields[0]), *map(pids.rows, fields[1:])], axis=1)
+        if (rows < 0).any():
+            row, column = np.argwhere(rows < 0)[0]
+            kind, source = ("qid", "queries") if column == 0 else ("pid", "collection")
+            raise InputError(
+                f"{path}:{chunk[row][0]}: {kind} {fields[column][row]!r} in column {column + 1} is not among the "
+                f"{source}: give the {source} these triples were made from"
+            )
+        writer.append(rows)
+    writer.close()
+    return writer.n_rows
+
+
+def convert_text_triples(path, folder: Path, limit: int | None, tables, writers) -> int:
+    """Write triples of texts as rows, and the texts not stored before; returns how many triples."""
+    columns = ("query", "positive passage", "negative passage")
+    writer = NpyWriter(folder / "triples.npy", np.int32, (3,))
+    lines = itertools.islice(read_rows(path, ", ".join(columns), "triples"), limit)
+    for chunk in batched(tqdm(lines, desc=Path(path).name, unit=" triples", unit_scale=True), CHUNK):
+        queries, positives, negatives = zip(*(fields for _, fields in chunk), strict=True)
+        rows = np.empty((len(chunk), 3), np.int32)
+        rows[:, 0] = rows_of(queries, tables["query"], writers["query"])
+        rows[:, 1:] = rows_of([*positives, *negatives], tables["passage"], writers["passage"]).reshape(2, -1).T
+        writer.append(rows)
+    writer.close()
+    return writer.n_rows
+
+
+def rows_of(texts, table: TextRows, writer: TokenWriter) -> np.ndarray:
+    """Row of each text (n,), storing those seen for the first time."""
+    hashes = hash_texts(texts)
+    rows = table.find(hashes)
+    if (rows < 0).any():
+        new, first = np.unique(hashes[rows < 0], return_index=True)
+        order = np.argsort(first)
+        table.add(new[order], writer.n_texts)
+        at = np.flatnonzero(rows < 0)[first[order]]
+        writer.append([texts[i] for i in at])
+        rows = table.find(hashes)
+    return rows
+
+
+def main(args):
+    started = time.time()
+    inputs = [path for path in (args.collection, args.queries, args.triples) if path]
+    for path in inputs:
+        check_file(path, "input of tsv2mmap.py")
+    if not inputs or (args.triples is None and args.collection is None):
+        raise InputError("nothing to do: give --collection, or --triples, or both")
+    tokenizer = load_tokenizer(args.tokenizer)
+    dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+    maxlen = {"query": args.query_maxlen, "passage": args.doc_maxlen}
+    triples_format = args.triples_format
+    if args.triples and triples_format == "auto":
+        triples_format = guess_format(args.triples, bool(args.collection and args.queries))
+    if args.triples and triples_format == "id" and not (args.collection and args.queries):
+        raise InputError(f"{args.triples}: triples of ids need --collection and --queries, or --triples_format text")
+
+    context = multiprocessing.get_context("spawn")  # a fork would copy the parent's threads and memory
+    counts = {}
+    with (
+        publish(args.output_dir) as folder,
+        context.Pool(args.workers, start_worker, (args.tokenizer, maxlen, dtype)) as pool,
+    ):
+        writers = {
+            kind: TokenWriter(folder / name, pool, dtype, kind)
+            for kind, name in (("passage", "passages"), ("query", "queries"))
+        }
+        match_texts = args.triples is not None and triples_format == "text"
+        tables = {kind: TextRows() if match_texts else None for kind in writers}
+        for kind, name, path, what in (
+            ("query", "qids", args.queries, "queries: qid, query"),
+            ("passage", "pids", args.collection, "collection: pid, passage"),
+        ):
+            ids = IdWriter(folder / f"{name}.npy")
+            if path:
+                convert_texts(path, what, writers[kind], ids, tables[kind])
+            else:
+                ids.close()
+            counts[name] = writers[kind].n_texts
+        if args.triples and triples_format == "id":
+            counts["triples"] = convert_id_triples(args.triples, folder, args.max_triples)
+        elif args.triples:
+            counts["triples"] = convert_text_triples(args.triples, folder, args.max_triples, tables, writers)
+        for kind, writer in writers.items():
+            writer.close()
+            counts["passages" if kind == "passage" else "queries"] = len(writer.writer)
+        facts = {
+            "tokenizer": args.tokenizer,
+            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+            "query_maxlen": args.query_maxlen,
+            "doc_maxlen": args.doc_maxlen,
+            "dtype": dtype,
+            "counts": counts,
+            "passage_tokens": int(writers["passage"].writer.values.n_rows),
+        }
+        arrays = sorted(path for path in folder.rglob("*.npy") if path.stat().st_size)
+        facts["bytes"] = sum(path.stat().st_size for path in arrays)
+        meta = write_meta(
+            folder, "tokens", fingerprint(facts["tokenizer_fingerprint"], *arrays), started, args, **facts
+        )
+    return {"output_dir": str(args.output_dir), "seconds": meta["seconds"], "bytes": meta["bytes"], **counts}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--collection", type=Path, help="pid, passage (.tsv or .tsv.gz)")
+    parser.add_argument("--queries", type=Path, help="qid, query of the training queries")
+    parser.add_argument("--triples", type=Path, help="query, positive, negative: texts, or ids with 1+ negatives")
+    parser.add_argument(
+        "--triples_format",
+        choices=("auto", "text", "id"),
+        default="auto",
+        help="auto: ids if --collection and --queries are given and the first line has no spaces",
+    )
+    parser.add_argument("--max_triples", type=int, help="read only the first N triples (default: all)")
+    parser.add_argument("--tokenizer", required=True, help="model name or folder whose tokenizer to use")
+    parser.add_argument(
+        "--query_maxlen", type=int, default=32, help="tokens of a query with [CLS] [Q] [SEP] (default 32)"
+    )
+    parser.add_argument("--doc_maxlen", type=int, default=180, help="tokens of a passage, likewise (default 180)")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)"
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="the tokens folder to write")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_stage(main, parse_args())
