@@ -1,0 +1,79 @@
+"""Print what a pipeline run came to: a table of systems, and one query with the passages that it found.
+
+python scripts/report.py BM25=bm25.json ColBERT=colbert.json          # files that evaluate.py --output wrote
+python scripts/report.py --show_run run.tsv --collection F --queries F [--qrels F] [--qid Q]
+"""
+
+import argparse
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from artifact import InputError, check_file, run_stage
+from runs import read_qrels, read_run
+from tsv import read_id_text, read_queries
+
+COLUMNS = ("MRR@10", "Recall@50", "Recall@200", "Recall@1000", "nDCG@10")
+
+
+def read_metrics(pair: str) -> tuple[str, dict[str, float]]:
+    """(system, {measure: value}) of `name=metrics.json`. Raises InputError where it is something else."""
+    name, _, path = pair.partition("=")
+    if not path:
+        raise InputError(f"{pair}: give name=metrics.json")
+    try:
+        metrics = json.loads(check_file(path, "measures: run evaluate.py --output").read_text())
+        return name, {measure: metrics[measure] for measure in COLUMNS if measure in metrics}
+    except (ValueError, TypeError):
+        raise InputError(f"{path}: not what evaluate.py --output writes: run it again") from None
+
+
+def print_table(systems: list[tuple[str, dict[str, float]]]) -> None:
+    print(" " * 24, *(f"{column:>11}" for column in COLUMNS))
+    for name, metrics in systems:
+        values = (f"{metrics[column]:11.4f}" if column in metrics else f"{'–':>11}" for column in COLUMNS)
+        print(f"{name:<24}", *values)
+
+
+def print_search(args) -> None:
+    """Print a query and its three best passages, those that the qrels call relevant marked with a star."""
+    queries, run = read_queries(args.queries), read_run(args.show_run)
+    qid = args.qid or next((qid for qid in queries if run.get(qid)), None)
+    if qid not in queries or not run.get(qid):
+        raise InputError(f"{args.show_run}: no ranking for query {qid!r} of {args.queries}: give --qid of one it has")
+    top = sorted(run[qid], key=run[qid].get, reverse=True)[:3]
+    passages = {pid: text for _, pid, text in read_id_text(args.collection, "collection: pid, passage") if pid in top}
+    if missing := set(top) - set(passages):
+        raise InputError(f"{args.collection}: has no passage {min(missing)}: give the collection that was searched")
+    relevant = read_qrels(args.qrels).get(qid, {}) if args.qrels else {}
+    print(f"\n{qid}: {queries[qid]}")
+    for rank, pid in enumerate(top, 1):
+        text = textwrap.shorten(f"{rank}. {pid}: {passages[pid]}", 400, placeholder=" …")
+        print(textwrap.fill(("*" if relevant.get(pid, 0) > 0 else " ") + text, 110, subsequent_indent="    "))
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("metrics", nargs="*", help="systems of the table: name=metrics.json")
+    parser.add_argument("--show_run", help="run file to show a query of")
+    parser.add_argument("--collection", help="with --show_run: pid, passage")
+    parser.add_argument("--queries", help="with --show_run: qid, query")
+    parser.add_argument("--qrels", help="with --show_run: mark relevant passages with a star")
+    parser.add_argument("--qid", help="with --show_run: the query to show (default: the first)")
+    return parser.parse_args()
+
+
+def main(args) -> None:
+    if args.show_run and not (args.collection and args.queries):
+        raise InputError("--show_run needs --collection and --queries")
+    if args.metrics:
+        print_table([read_metrics(pair) for pair in args.metrics])
+    if args.show_run:
+        print_search(args)
+
+
+if __name__ == "__main__":
+    run_stage(main, parse_args())
