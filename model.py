@@ -256,6 +256,30 @@ class ColBERT(PreTrainedModel):
         skiplist = torch.tensor(self.config.skiplist, device=input_ids.device)
         return attention_mask.bool() & ~torch.isin(input_ids, skiplist)
 
+    def kept_counts(self, values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """How many embeddings each passage will have (N,) int64, from its word pieces: values (T,), lengths (N,)."""
+        keep = np.ones(len(self.tokenizer), np.int64)
+        if self.config.mask_punctuation:
+            keep[self.config.skiplist] = 0
+        before = np.concatenate([[0], np.cumsum(keep[values])])  # (T + 1,) kept tokens before each token
+        starts = np.cumsum(lengths) - lengths
+        return before[starts + np.minimum(lengths, self.config.doc_maxlen - FRAME)] - before[starts] + FRAME
+
+    def check_tokens(self, name, tokens_dir, tokens_meta: dict) -> None:
+        """Raise InputError unless the tokens were made by this model's tokenizer and cut no shorter than it reads."""
+        if tokenizer_fingerprint(self.tokenizer) != tokens_meta["tokenizer_fingerprint"]:
+            raise InputError(
+                f"{tokens_dir}: tokenised by {tokens_meta['tokenizer']}, another tokenizer than {name}'s: "
+                f"run tsv2mmap.py with --tokenizer {name}"
+            )
+        for setting in ("query_maxlen", "doc_maxlen"):
+            wanted, found = getattr(self.config, setting), tokens_meta[setting]
+            if wanted > found:
+                raise InputError(
+                    f"{tokens_dir}: cut to {setting} {found}, {name} reads {wanted}: "
+                    f"run tsv2mmap.py with --{setting} {wanted}"
+                )
+
     def forward(
         self, queries: tuple[Tensor, Tensor], passages: list[tuple[Tensor, Tensor]], order: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from artifact import InputError
+
 BLOCK = 1 << 16  # ids handled at a time
 
 
@@ -37,11 +39,19 @@ class NpyWriter:
         self.file.close()
 
 
+def allocate_npy(path, dtype, shape: tuple[int, ...]) -> None:
+    """Write a .npy file of zeros (a hole on disk) whose parts are to be written later, by several processes."""
+    with open(path, "wb") as file:
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + int(np.prod(shape)) * np.dtype(dtype).itemsize)
+
+
 class RaggedWriter:
     """Append rows to a ragged array in `folder`; it is whole once `close` was called."""
 
     def __init__(self, folder, dtype, row_shape: tuple[int, ...] = ()):
-        Path(folder).mkdir(parents=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         self.values = NpyWriter(Path(folder) / "values.npy", dtype, row_shape)
         self.offsets = NpyWriter(Path(folder) / "offsets.npy", np.int64)
         self.offsets.append(np.zeros(1, np.int64))
@@ -66,7 +76,10 @@ class Ragged:
     def __init__(self, folder):
         self.values = np.load(Path(folder) / "values.npy", mmap_mode="r")
         self.offsets = np.load(Path(folder) / "offsets.npy", mmap_mode="r")
-        assert self.offsets[-1] == len(self.values), (folder, self.offsets[-1], len(self.values))
+        if self.offsets[-1] != len(self.values):
+            raise InputError(
+                f"{folder}: {len(self.values)} values, but offsets up to {self.offsets[-1]}: make it again"
+            )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -20,6 +20,7 @@ import ir_measures
 import numpy as np
 
 from artifact import InputError
+from ragged import Ids
 from tsv import open_bytes
 
 TREC_COLUMNS = "qid, Q0, pid, rank, score, tag"
@@ -103,6 +104,54 @@ def _check_ranking(path, qid: str, ranks, scores, lines) -> None:
             f"{path}:{lines[j]}: query {qid} has score {scores[j]} at rank {ranks[j]}, above score {scores[i]} at rank "
             f"{ranks[i]}: rank by falling score"
         )
+
+
+def read_candidates(path, pids: Ids, qids) -> dict[str, np.ndarray]:
+    """Candidates to rerank as {qid: rows of the passages (n,) int64}, in file order, for each of `qids`.
+
+    Reads top1000.dev (qid, pid, query, passage), a run (TREC or MS MARCO) or plain (qid, pid), told apart by the first
+    line. Lines of other queries are passed over; a passage listed twice counts once. Raises InputError on unknown pids.
+    """
+    found: dict[str, list[np.ndarray]] = {qid: [] for qid in qids}
+    pid_column = None
+
+    def take(lines: list[tuple[int, str, str]]) -> None:
+        rows = pids.rows([pid for _, _, pid in lines])
+        if (rows < 0).any():
+            number, _, pid = lines[int(np.argmin(rows))]
+            raise InputError(f"{path}:{number}: pid {pid!r} is not in the collection: give candidates from it")
+        order = np.argsort([positions[qid] for _, qid, _ in lines], kind="stable")
+        groups = np.array([positions[qid] for _, qid, _ in lines])[order]
+        for group in np.split(order, np.flatnonzero(np.diff(groups)) + 1):
+            found[lines[group[0]][1]].append(rows[group])
+
+    positions = {qid: position for position, qid in enumerate(found)}
+    chunk = []
+    with open_bytes(path, "candidates") as file:
+        for number, line in enumerate(file, 1):
+            fields = line.split(b"\t") if line.count(b"\t") in (1, 3) else line.split()
+            if pid_column is None:
+                pid_column = {2: 1, 3: 1, 4: 1, 6: 2}.get(len(fields))
+                columns = len(fields)
+            if pid_column is None or len(fields) != columns:
+                raise InputError(
+                    f"{path}:{number}: found {len(fields)} column(s), expected qid, pid; or qid, pid, query, passage; "
+                    f"or a run ({TREC_COLUMNS}; {MSMARCO_COLUMNS})"
+                )
+            qid, pid = fields[0].decode(errors="replace"), fields[pid_column].strip().decode(errors="replace")
+            if qid in positions:
+                chunk.append((number, qid, pid))
+            if len(chunk) == 1 << 16:
+                take(chunk)
+                chunk = []
+        if chunk:
+            take(chunk)
+    return {qid: _first_of_each(np.concatenate(rows)) if rows else np.zeros(0, np.int64) for qid, rows in found.items()}
+
+
+def _first_of_each(rows: np.ndarray) -> np.ndarray:
+    """Rows without repetitions, in their order."""
+    return rows[np.sort(np.unique(rows, return_index=True)[1])]
 
 
 def read_qrels(path) -> dict[str, dict[str, int]]:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import runs
 from artifact import InputError, check_file, make_meta, publish, read_meta, run_stage, write_json
-from model import FRAME, ColBERT, length_batches, maxsim, maxsim_packed, maxsim_pairs, tokenize, tokenizer_fingerprint
+from model import FRAME, ColBERT, length_batches, maxsim, maxsim_packed, maxsim_pairs, tokenize
 from ragged import Ids, Ragged, ranges
 from tsv import read_queries
 
@@ -250,7 +250,7 @@ def check_args(args, accelerator: Accelerator) -> tuple[dict, int]:
 
 
 def load_model(args, tokens_meta: dict) -> ColBERT:
-    """The base model, as a ColBERT with the lengths the tokens were cut to. Raises InputError on another tokenizer."""
+    """The base model, as a ColBERT with the lengths the tokens were cut to. Raises InputError if they do not fit."""
     settings = Path(args.base_model) / "config.json"
     if settings.is_file() and json.loads(settings.read_text()).get("model_type") == "colbert":
         model = ColBERT.from_pretrained(args.base_model)
@@ -263,11 +263,7 @@ def load_model(args, tokens_meta: dict) -> ColBERT:
             doc_maxlen=tokens_meta["doc_maxlen"],
             mask_punctuation=args.mask_punctuation,
         )
-    if tokenizer_fingerprint(model.tokenizer) != tokens_meta["tokenizer_fingerprint"]:
-        raise InputError(
-            f"{args.tokens_dir}: tokenised by {tokens_meta['tokenizer']}, another tokenizer than {args.base_model}'s: "
-            "run tsv2mmap.py with --tokenizer " + str(args.base_model)
-        )
+    model.check_tokens(args.base_model, args.tokens_dir, tokens_meta)
     return model
 
 
