@@ -256,6 +256,24 @@ class ColBERT(PreTrainedModel):
         skiplist = torch.tensor(self.config.skiplist, device=input_ids.device)
         return attention_mask.bool() & ~torch.isin(input_ids, skiplist)
 
+    @torch.inference_mode()
+    def project_on_principal(self, values: np.ndarray, lengths: np.ndarray) -> None:
+        """Set the rows of `linear` to the principal directions of the encoder's token embeddings on some passages.
+
+        values (T,), lengths (N,): word pieces. Of all projections to `dim`, this one keeps most of the encoder's
+        similarities, which a short training cannot make up for.
+        """
+        moments = torch.zeros(2 * (self.linear.in_features,), device=self.device)  # (H, H)
+        starts = np.cumsum(lengths) - lengths
+        for rows in length_batches(lengths + FRAME, TOKENS_PER_BATCH["cpu"]):
+            framed = self.frame_passages(values[ranges(starts[rows], lengths[rows])], lengths[rows])
+            ids, mask = (part.to(self.device) for part in framed)
+            with self.autocast():
+                hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, L, H)
+            hidden = F.normalize(hidden[self.kept(ids, mask)].float(), dim=-1)  # (T', H)
+            moments += hidden.T @ hidden
+        self.linear.weight.copy_(torch.linalg.eigh(moments).eigenvectors[:, -self.config.dim :].T)
+
     def kept_counts(self, values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """How many embeddings each passage will have (N,) int64, from its word pieces: values (T,), lengths (N,)."""
         keep = np.ones(len(self.tokenizer), np.int64)

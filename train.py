@@ -191,7 +191,8 @@ def plot_loss(log: Path, picture: Path) -> None:
     import matplotlib.pyplot as plt
 
     lines = read_log(log)
-    steps, losses = np.array([(line["step"], line["loss"]) for line in lines if "loss" in line]).T
+    losses = np.array([(line["step"], line["loss"]) for line in lines if "loss" in line]).reshape(-1, 2)
+    steps, losses = losses.T
     window = max(1, len(losses) // 50)
     mean = np.convolve(losses, np.ones(window) / window, mode="valid")
     figure, axis = plt.subplots(figsize=(8, 4.5))
@@ -263,6 +264,10 @@ def load_model(args, tokens_meta: dict) -> ColBERT:
             doc_maxlen=tokens_meta["doc_maxlen"],
             mask_punctuation=args.mask_punctuation,
         )
+        if args.projection == "principal":
+            passages = Ragged(args.tokens_dir / "passages")
+            sample = np.random.default_rng(args.seed).choice(len(passages), min(512, len(passages)), replace=False)
+            model.eval().project_on_principal(*passages.gather(np.sort(sample)))
     model.check_tokens(args.base_model, args.tokens_dir, tokens_meta)
     return model
 
@@ -389,8 +394,9 @@ def main(args):
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         log.close()
-        plot_loss(log_path, args.output_dir / "loss.png")
-        final_loss = float(np.mean([line["loss"] for line in read_log(log_path) if "loss" in line][-100:]))
+        if step:
+            plot_loss(log_path, args.output_dir / "loss.png")
+        last_losses = [line["loss"] for line in read_log(log_path) if "loss" in line][-100:]
         facts = {
             "base_model": args.base_model,
             "tokens_fingerprint": tokens_meta["fingerprint"],
@@ -398,7 +404,7 @@ def main(args):
             "steps": step,
             "processes": accelerator.num_processes,
             "train_seconds": round(train_seconds, 2),
-            "loss_of_last_100_steps": round(final_loss, 4),
+            "loss_of_last_100_steps": round(float(np.mean(last_losses)), 4) if last_losses else None,
             "best_dev_mrr@10": best if dev_set else None,
         }
         meta = make_meta("model", tokens_meta["fingerprint"], started, args, **facts)
@@ -419,6 +425,12 @@ def parse_args():
     group.add_argument("--dim", type=int, default=128, help="size of a token embedding (default 128)")
     group.add_argument("--mask_punctuation", action=switch, default=True, help="drop punctuation in passages")
     group.add_argument("--similarity", choices=("l2", "cosine"), default="l2", help="of the training loss (default l2)")
+    group.add_argument(
+        "--projection",
+        choices=("orthogonal", "principal"),
+        default="orthogonal",
+        help="how a new projection begins: random rows, or the encoder's principal directions",
+    )
     group.add_argument("--dropout", type=float, help="dropout rate of the encoder (default: as it comes)")
 
     group = parser.add_argument_group("optimisation")
