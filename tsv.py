@@ -5,6 +5,7 @@ Every error names the file, the line, what was found and what to do.
 
 import contextlib
 import gzip
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def open_bytes(path, what: str):
         file = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
         try:
             yield file
-        except (gzip.BadGzipFile, EOFError) as error:
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise InputError(f"{path}: broken gzip file ({error}): fetch it again") from None
 
 
