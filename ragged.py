@@ -93,8 +93,13 @@ class Ragged:
 
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values (T, ...) of the given rows one after the other, and their lengths (n,)."""
+        positions, lengths = self.positions(rows)
+        return self.values[positions], lengths
+
+    def positions(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions in `values` (T,) of the given rows' values, and the rows' lengths (n,)."""
         lengths = self.lengths(rows)
-        return self.values[ranges(self.offsets[rows], lengths)], lengths
+        return ranges(self.offsets[rows], lengths), lengths
 
     def slice(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """As `gather` for the neighbouring rows start ... stop - 1, without a copy."""

@@ -1,0 +1,273 @@
+"""Search: candidates by IVFPQ, then exact MaxSim (paper, section 3.6); or rerank given candidates; or score everything.
+
+    python retrieve.py --model model --index_dir index --queries queries.dev.tsv --output run.tsv --k 1000
+    python retrieve.py ... --candidates top1000.dev     # reranking: exact MaxSim of the candidates of each query
+    python retrieve.py ... --exact                      # every passage, streamed: the ground truth for all else
+
+reads   index/ (build_index.py), model/ (train.py), queries (qid, query)
+writes  a run file, TREC (qid Q0 pid rank score tag) or MS MARCO (qid, pid, rank)
+
+For each query token the --faiss_depth nearest embeddings in --nprobe lists are looked up; their passages are ordered
+by the sum of what was found (a token that found nothing of a passage counts as its last hit), and the first
+--rerank_depth are scored exactly on the memory-mapped fp16 embeddings, in fp32. Under `accelerate launch` each process
+takes a share of the queries. Reference: 146 ms a query on MS MARCO.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch
+import transformers
+from accelerate import PartialState
+from torch import Tensor
+from tqdm import tqdm
+
+import runs
+from artifact import InputError, check_file, peak_memory_mb, read_meta, run_stage
+from model import ColBERT, maxsim_packed, model_fingerprint
+from ragged import Ids, Ragged
+from tsv import read_queries
+
+EXACT_TOKENS = 4096  # embeddings scored at a time by exact search
+EXACT_QUERIES = 128  # against so many queries
+EXACT_PASSAGES = 2048  # passages whose scores are kept before they are merged into the best
+
+Ranking = tuple[np.ndarray, np.ndarray]  # rows of passages and their scores, the best first
+
+
+class Searcher:
+    """An open index. Rows are positions in the collection; `pids.text(rows)` gives their ids."""
+
+    def __init__(self, index_dir, model=None, device="cpu", gpu_index: bool = False):
+        """Open an index folder; `model`, if given, is a model folder. Raises InputError if they do not fit."""
+        self.meta = read_meta(index_dir, "index", "build_index.py")
+        self.index_dir, self.device, self.gpu_index = Path(index_dir), torch.device(device), gpu_index
+        self.embeddings, self.pids = Ragged(index_dir), Ids(Path(index_dir) / "pids.npy")
+        self._values = torch.from_numpy(self.embeddings.values.view(np.ndarray))  # (T, D) fp16, memory-mapped
+        self._faiss = None
+        self.seconds: dict[str, float] = {}  # where the time went
+        self.model = None
+        if model is not None:
+            if model_fingerprint(model) != self.meta["model_fingerprint"]:
+                raise InputError(
+                    f"{index_dir}: made from another model ({self.meta['model']}) than {model}: search with that, or "
+                    "run doc2embedding.py and build_index.py again"
+                )
+            self.model = ColBERT.from_pretrained(model).to(self.device).eval()
+
+    @property
+    def faiss(self):
+        """The FAISS index, opened when first needed."""
+        if self._faiss is None:
+            index = faiss.read_index(str(self.index_dir / "faiss.index"), faiss.IO_FLAG_MMAP)
+            on_gpu = self.gpu_index and getattr(faiss, "get_num_gpus", int)()
+            self._faiss = faiss.index_cpu_to_all_gpus(index) if on_gpu else index
+        return self._faiss
+
+    @contextmanager
+    def _timed(self, what: str):
+        started = time.perf_counter()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
+
+    def encode(self, texts: list[str]) -> Tensor:
+        """Query embeddings (B, Lq, D) fp32."""
+        with self._timed("encode queries"):
+            return self.model.encode_queries(texts)
+
+    def search(self, queries: Tensor, k: int, nprobe: int, faiss_depth: int, rerank_depth: int) -> list[Ranking]:
+        """End-to-end search: the k best passages of each query (B, Lq, D), among those that IVFPQ finds."""
+        B, Lq, D = queries.shape
+        with self._timed("IVFPQ"):
+            self._set_nprobe(nprobe)
+            similarities, ids = self.faiss.search(queries.reshape(B * Lq, D).cpu().numpy(), faiss_depth)
+        with self._timed("candidates"):
+            rows = np.searchsorted(self.embeddings.offsets, ids.reshape(-1), side="right") - 1
+            rows = rows.reshape(B, Lq, -1)  # -1 where FAISS found nothing (its id is -1)
+            similarities = similarities.reshape(B, Lq, -1)
+            candidates = [best_candidates(*pair, rerank_depth) for pair in zip(rows, similarities, strict=True)]
+        return self.rerank(queries, candidates, k)
+
+    def _set_nprobe(self, nprobe: int) -> None:
+        nprobe = min(nprobe, self.meta["nlist"])
+        if self.gpu_index and hasattr(faiss, "GpuParameterSpace"):
+            faiss.GpuParameterSpace().set_index_parameter(self.faiss, "nprobe", nprobe)
+        else:
+            faiss.extract_index_ivf(self.faiss).nprobe = nprobe
+
+    def rerank(self, queries: Tensor, candidates: list[np.ndarray], k: int) -> list[Ranking]:
+        """Exact MaxSim of each query (B, Lq, D) with its own candidate rows; the k best."""
+        rankings = []
+        for query, rows in zip(queries, candidates, strict=True):
+            if not len(rows):
+                rankings.append((rows, np.zeros(0, np.float32)))
+                continue
+            rows = np.sort(rows)  # the memory map is read from front to back
+            with self._timed("read embeddings"):
+                positions, lengths = self.embeddings.positions(rows)
+                embeddings = self._values[torch.from_numpy(positions)].to(self.device).float()  # (T, D)
+            with self._timed("MaxSim"):
+                lengths = torch.from_numpy(lengths).to(self.device)
+                scores = maxsim_packed(query[None].to(self.device), embeddings, lengths)[0].cpu().numpy()
+                rankings.append(top(rows, scores, k))
+        return rankings
+
+    def exact(self, queries: Tensor, k: int) -> list[Ranking]:
+        """The k best of all passages for each query (Q, Lq, D): every embedding is read once and scored in fp32."""
+        Q, k = len(queries), min(k, len(self.embeddings))
+        best = torch.full((Q, 0), -torch.inf)  # (Q, up to k)
+        best_rows = torch.zeros((Q, 0), dtype=torch.int64)
+        scores, first = [], 0
+        for start, stop in tqdm(self._blocks(), disable=None, desc="exact", unit=" blocks"):
+            with self._timed("MaxSim"):
+                values, lengths = self.embeddings.slice(start, stop)
+                block = torch.from_numpy(np.array(values)).to(self.device).float()  # (T, D)
+                lengths = torch.from_numpy(lengths).to(self.device)
+                parts = [maxsim_packed(part.to(self.device), block, lengths) for part in queries.split(EXACT_QUERIES)]
+                scores.append(torch.cat(parts).cpu())  # (Q, stop - start)
+            if stop - first >= EXACT_PASSAGES or stop == len(self.embeddings):
+                with self._timed("merge"):
+                    rows = torch.arange(first, stop).expand(Q, -1)
+                    best, at = torch.cat([best, *scores], 1).topk(min(k, best.shape[1] + stop - first), dim=1)
+                    best_rows = torch.cat([best_rows, rows], 1).gather(1, at)
+                    scores, first = [], stop
+        return [top(rows, scores, k) for rows, scores in zip(best_rows.numpy(), best.numpy(), strict=True)]
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        """Neighbouring passages of about EXACT_TOKENS embeddings in all."""
+        offsets = self.embeddings.offsets
+        edges = np.searchsorted(offsets, np.arange(EXACT_TOKENS, offsets[-1], EXACT_TOKENS))
+        edges = np.unique(np.concatenate([[0], edges, [len(self.embeddings)]]))
+        return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
+
+
+def best_candidates(rows: np.ndarray, similarities: np.ndarray, n: int) -> np.ndarray:
+    """The n passages whose found embeddings promise the highest MaxSim, as rows (<= n,), in no order.
+
+    rows, similarities (Lq, k'): the passages of the embeddings found for each query token, the nearest first; row -1
+    stands for nothing found. A token that found nothing of a passage adds what its last hit had.
+    """
+    found = rows >= 0
+    unique, column = np.unique(rows[found], return_inverse=True)
+    if len(unique) <= n:
+        return unique
+    last = np.where(found, similarities, np.inf).min(1, initial=0.0)  # (Lq,)
+    best = np.repeat(last[:, None], len(unique), axis=1)  # (Lq, candidates)
+    token = np.nonzero(found)[0]
+    best[token[::-1], column[::-1]] = similarities[found][::-1]  # from the farthest: the nearest is written last
+    return unique[np.argpartition(-best.sum(0), n - 1)[:n]]
+
+
+def top(rows: np.ndarray, scores: np.ndarray, k: int) -> Ranking:
+    """The k highest scores and their rows; equal scores in the order of the collection."""
+    if len(scores) > k:
+        kept = np.argpartition(-scores, k - 1)[:k]
+        rows, scores = rows[kept], scores[kept]
+    order = np.lexsort((rows, -scores))
+    return rows[order], scores[order]
+
+
+def search_all(searcher: Searcher, queries: dict[str, str], args) -> Iterator[tuple[str, list[str], list[float]]]:
+    """Yield (qid, pids, scores) of every query, in batches."""
+    candidates = None
+    if args.candidates:
+        candidates = runs.read_candidates(args.candidates, searcher.pids, queries)
+    qids, size = list(queries), len(queries) if args.exact else args.batch_size
+    for start in tqdm(range(0, len(qids), size), disable=None, desc="search", unit=" batches"):
+        batch = qids[start : start + size]
+        embeddings = searcher.encode([queries[qid] for qid in batch])
+        if args.exact:
+            rankings = searcher.exact(embeddings, args.k)
+        elif candidates is not None:
+            rankings = searcher.rerank(embeddings, [candidates[qid] for qid in batch], args.k)
+        else:
+            depth = args.rerank_depth or default_rerank_depth(args.k)
+            rankings = searcher.search(embeddings, args.k, args.nprobe, args.faiss_depth, depth)
+        for qid, (rows, scores) in zip(batch, rankings, strict=True):
+            yield qid, searcher.pids.text(rows), scores.tolist()
+
+
+def default_rerank_depth(k: int) -> int:
+    """Twice as many passages as are asked for, and enough of them to find the best ten."""
+    return max(1000, 2 * k)
+
+
+def main(args):
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    state = PartialState(cpu=args.cpu)
+    check_file(args.queries, "queries: qid, query")
+    if args.candidates:
+        check_file(args.candidates, "candidates of the queries")
+    searcher = Searcher(args.index_dir, args.model, state.device, gpu_index=args.gpu_index)
+    queries = read_queries(args.queries)
+    if not queries:
+        raise InputError(f"{args.queries}: no queries")
+    mine = dict(list(queries.items())[state.process_index :: state.num_processes])
+    share = (
+        args.output.with_name(f"{args.output.name}.{state.process_index}") if state.num_processes > 1 else args.output
+    )
+    started = time.time()
+    runs.write_run(share, search_all(searcher, mine, args), args.format, args.tag)
+    seconds = time.time() - started
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return None
+    if state.num_processes > 1:
+        join_shares(args.output, state.num_processes)
+    for what, spent in sorted(searcher.seconds.items(), key=lambda item: -item[1]):
+        print(f"{what:>16} {1000 * spent / len(mine):8.2f} ms a query {100 * spent / seconds:5.1f} %")
+    print(f"{'in all':>16} {1000 * seconds / len(mine):8.2f} ms a query")
+    return {
+        "output": str(args.output),
+        "queries": len(queries),
+        "seconds": round(seconds, 2),
+        "ms_per_query": round(1000 * seconds / len(queries), 2),
+        "peak_memory_mb": peak_memory_mb(),
+    }
+
+
+def join_shares(output: Path, n: int) -> None:
+    """Join the run files of n processes into one."""
+    partial = output.with_name(output.name + ".partial")
+    shares = [output.with_name(f"{output.name}.{i}") for i in range(n)]
+    with partial.open("wb") as file:
+        for share in shares:
+            file.write(share.read_bytes())
+    os.replace(partial, output)
+    for share in shares:
+        share.unlink()
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument(
+        "--model", type=Path, required=True, help="the ColBERT model folder that the index was made from"
+    )
+    parser.add_argument("--index_dir", type=Path, required=True, help="what build_index.py wrote")
+    parser.add_argument("--queries", type=Path, required=True, help="qid, query")
+    parser.add_argument("--output", type=Path, required=True, help="run file to write")
+    parser.add_argument("--format", choices=("trec", "msmarco"), default="trec", help="of the run file (default trec)")
+    parser.add_argument("--tag", default="nanocolbert", help="name of the run in a TREC file")
+    parser.add_argument("--k", type=int, default=1000, help="passages a query (default 1000)")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--candidates", type=Path, help="rerank these: top1000.dev, a run file, or qid, pid")
+    how.add_argument("--exact", action=switch, default=False, help="score every passage")
+    parser.add_argument("--nprobe", type=int, default=32, help="lists looked into for each query token (default 32)")
+    parser.add_argument("--faiss_depth", type=int, default=1024, help="embeddings found for each (default 1024)")
+    parser.add_argument("--rerank_depth", type=int, help="passages scored exactly (default: 2 k, at least 1000)")
+    parser.add_argument("--batch_size", type=int, default=32, help="queries at a time (default 32)")
+    parser.add_argument("--cpu", action=switch, default=False, help="use the CPU even where there is a GPU")
+    parser.add_argument("--gpu_index", action=switch, default=False, help="put the FAISS index on the GPUs too")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_stage(main, parse_args())
