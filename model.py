@@ -197,6 +197,9 @@ class ColBERT(PreTrainedModel):
         with torch.no_grad():
             encoder.get_input_embeddings().weight[list(marker_ids.values())] = mean
         longest = getattr(encoder.config, "max_position_embeddings", 1 << 30)
+        positions = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
+        if getattr(positions, "padding_idx", None) is not None:  # RoBERTa counts positions from there
+            longest -= positions.padding_idx + 1
         config = ColBERTConfig(
             encoder=encoder.config.to_dict(),
             query_marker_id=marker_ids["query"],
@@ -209,7 +212,8 @@ class ColBERT(PreTrainedModel):
             **settings,
         )
         if max(config.query_maxlen, config.doc_maxlen) > longest:
-            raise InputError(f"{base_model}: takes {longest} tokens, {config.doc_maxlen} were asked for")
+            asked = max(config.query_maxlen, config.doc_maxlen)
+            raise InputError(f"{base_model}: takes {longest} tokens, {asked} were asked for")
         model = cls(config, tokenizer)
         drop_pooler(encoder)
         model.encoder = encoder
@@ -368,8 +372,8 @@ class ColBERT(PreTrainedModel):
         """MaxSim (B, N), fp32, of queries (texts or embeddings) with passages (texts or embeddings)."""
         if len(queries) and isinstance(queries[0], str):
             queries = self.encode_queries(queries)
-        if not len(passages):
-            return torch.zeros(len(queries), 0)
+        if not len(queries) or not len(passages):
+            return torch.zeros(len(queries), len(passages))
         if isinstance(passages[0], str):
             passages = self.encode_passages(passages)
         lengths = torch.tensor([len(passage) for passage in passages], device=queries.device)
