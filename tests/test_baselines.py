@@ -5,12 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import baselines
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-
-import baselines
 
 ROOT = Path(__file__).resolve().parent.parent
 

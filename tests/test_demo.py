@@ -7,9 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-
 from make_demo import Repeats, clean, group_of, split_docstring, walk_definitions
 
 ROOT = Path(__file__).resolve().parent.parent

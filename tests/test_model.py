@@ -1,0 +1,490 @@
+"""The model: scores against plain loops, the frame of queries and passages, and every way in and out of a folder."""
+
+import socket
+import string
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    DistilBertConfig,
+    DistilBertModel,
+    ModernBertConfig,
+    ModernBertModel,
+    PreTrainedTokenizerFast,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
+
+import model as model_module
+from artifact import InputError
+from model import (
+    FRAME,
+    ColBERT,
+    length_batches,
+    load_tokenizer,
+    maxsim,
+    maxsim_packed,
+    maxsim_pairs,
+    model_fingerprint,
+    punctuation_ids,
+    tokenize,
+    tokenizer_fingerprint,
+)
+
+TEXTS = [
+    "the old boat, and a drum!",
+    "",
+    "house " * 600,
+    "eagle",
+    "[MASK] [SEP] apple [D]",
+    "?!...",
+    "Grape; flute (new) -- cloud's",
+    "\u00e9 \u65e5\u672c \u2014 unknown",
+]
+
+
+@pytest.fixture
+def fp32(monkeypatch):
+    """Compute in fp32 even where the CPU has bf16, so that small differences are mistakes."""
+    monkeypatch.setattr(model_module, "fast_dtype", lambda device: torch.float32)
+
+
+@pytest.fixture(scope="module")
+def colbert(encoder_dir):
+    torch.manual_seed(1)
+    return ColBERT.from_base(encoder_dir, dim=16).eval()
+
+
+# ------------------------------------------------------------------------------------------------------------ scores
+
+
+def loop_score(query, passage) -> float:
+    """MaxSim as three loops over lists; `passage` holds real tokens only."""
+    total = 0.0
+    for q in query:
+        best = -float("inf")
+        for d in passage:
+            similarity = 0.0
+            for a, b in zip(q, d, strict=True):
+                similarity += a * b
+            best = max(best, similarity)
+        total += best
+    return total
+
+
+@pytest.fixture
+def scoring():
+    """Three queries, and four passages of 1 to 6 tokens, two of which are against every query; masks with holes."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(3, 5, 4, generator=generator)
+    queries[..., 0] = queries[..., 0].abs() + 3
+    passages = torch.randn(4, 6, 4, generator=generator)
+    passages[1:3] = torch.tensor([-1.0, 0, 0, 0]) + 0.1 * passages[1:3]  # all similarities negative
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1], [1, 1, 0, 1, 0, 0]]).bool()
+    passages[~mask] = torch.randn(int((~mask).sum()), 4, generator=generator) * 100  # what masked tokens hold is noise
+    passages[1, 1] = 0
+    expected = [[loop_score(q.tolist(), p[m].tolist()) for p, m in zip(passages, mask, strict=True)] for q in queries]
+    assert max(row[1] for row in expected) < 0
+    return queries, passages, mask, torch.tensor(expected)
+
+
+def test_maxsim(scoring):
+    queries, passages, mask, expected = scoring
+    assert torch.allclose(maxsim(queries, passages, mask), expected, atol=1e-4)
+
+
+def test_maxsim_pairs(scoring):
+    queries, passages, mask, expected = scoring
+    own = torch.tensor([[0, 1], [2, 2], [3, 1]])  # (B, K)
+    scores = maxsim_pairs(queries, passages[own], mask[own])
+    assert torch.allclose(scores, expected.gather(1, own), atol=1e-4)
+
+
+def test_maxsim_packed(scoring):
+    queries, passages, mask, expected = scoring
+    scores = maxsim_packed(queries, passages[mask], mask.sum(1))
+    assert scores.shape == (3, 4) and scores.dtype == torch.float32 and torch.allclose(scores, expected, atol=1e-4)
+    assert torch.allclose(maxsim_packed(queries[1:2], passages[2:3, 5], torch.tensor([1])), expected[1:2, 2:3])
+
+
+# ----------------------------------------------------------------------------------------------------------- framing
+
+
+def test_queries_are_framed(colbert):
+    vocabulary = colbert.tokenizer.get_vocab()
+    cls, sep, mask, marker = (vocabulary[token] for token in ("[CLS]", "[SEP]", "[MASK]", "[Q]"))
+    texts = ["find the boat", "", "drum " * 29, "drum " * 30, "drum " * 600]
+    ids, attention = colbert.frame_queries(*tokenize(colbert.tokenizer, texts, 32))
+    assert ids.shape == attention.shape == (5, 32)
+    drum, words = vocabulary["drum"], [vocabulary[word] for word in ("find", "the", "boat")]
+    assert ids[0].tolist() == [cls, marker, *words, sep, *[mask] * 26]
+    assert ids[1].tolist() == [cls, marker, sep, *[mask] * 29]
+    assert ids[2].tolist() == ids[3].tolist() == ids[4].tolist() == [cls, marker, *[drum] * 29, sep]
+    assert attention.tolist() == [[1] * n + [0] * (32 - n) for n in (6, 3, 32, 32, 32)]
+
+
+def test_tokens_stored_longer_are_cut_the_same(colbert):
+    """Word pieces cut to more than the model reads, as another model's tokens may be."""
+    long = tokenize(colbert.tokenizer, ["drum " * 600, "boat"], 300)
+    short = tokenize(colbert.tokenizer, ["drum " * 600, "boat"], 32)
+    for a, b in zip(colbert.frame_queries(*long), colbert.frame_queries(*short), strict=True):
+        assert torch.equal(a, b)
+    short = tokenize(colbert.tokenizer, ["drum " * 600, "boat"], 180)
+    for a, b in zip(colbert.frame_passages(*long), colbert.frame_passages(*short), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_passages_are_framed(colbert):
+    vocabulary = colbert.tokenizer.get_vocab()
+    cls, sep, pad, marker = (vocabulary[token] for token in ("[CLS]", "[SEP]", "[PAD]", "[D]"))
+    ids, attention = colbert.frame_passages(*tokenize(colbert.tokenizer, ["the boat.", "", "eagle"], 180))
+    the, boat, dot, eagle = (vocabulary[word] for word in ("the", "boat", ".", "eagle"))
+    assert ids.tolist() == [
+        [cls, marker, the, boat, dot, sep],
+        [cls, marker, sep, pad, pad, pad],
+        [cls, marker, eagle, sep, pad, pad],
+    ]
+    assert attention.tolist() == [[1] * 6, [1] * 3 + [0] * 3, [1] * 4 + [0] * 2]
+    ids, _ = colbert.frame_passages(*tokenize(colbert.tokenizer, ["eagle " * 600], 180))
+    assert ids.tolist() == [[cls, marker, *[eagle] * 177, sep]]
+
+
+def test_attend_to_mask_tokens(encoder_dir):
+    colbert = ColBERT.from_base(encoder_dir, dim=16, attend_to_mask_tokens=True)
+    ids, attention = colbert.frame_queries(*tokenize(colbert.tokenizer, ["boat"], 32))
+    assert attention.sum() == 32 and (ids == colbert.tokenizer.mask_token_id).sum() == 28
+
+
+def test_special_tokens_in_text_are_ordinary_text(colbert):
+    for text in ("[MASK] [SEP] apple [D]", "[CLS]", "a[Q]b [PAD]"):
+        values, lengths = tokenize(colbert.tokenizer, [text], 180)
+        assert not set(values.tolist()) & set(colbert.tokenizer.all_special_ids), text
+        assert lengths[0] == len(values) >= len(text.split())
+    values, _ = tokenize(colbert.tokenizer, ["[m]"], 180)
+    assert colbert.tokenizer.convert_ids_to_tokens(values) == ["[", "m", "]"]
+
+
+def test_tokenize_equals_one_text_at_a_time(colbert):
+    values, lengths = tokenize(colbert.tokenizer, TEXTS, 20)
+    rows = np.split(values, np.cumsum(lengths)[:-1])
+    for text, row in zip(TEXTS, rows, strict=True):
+        ids = colbert.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert row.tolist() == ids[:17], text
+
+
+# -------------------------------------------------------------------------------------------------------- embeddings
+
+
+def embed_alone(colbert, text: str) -> tuple[torch.Tensor, list[int]]:
+    """Embeddings of the kept tokens of one passage, fp32, and its token ids, without any of the batching."""
+    ids = colbert.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    config = colbert.config
+    ids = [config.cls_token_id, config.passage_marker_id, *ids[: config.doc_maxlen - FRAME], config.sep_token_id]
+    with torch.no_grad():
+        hidden = colbert.encoder(torch.tensor([ids]), torch.ones(1, len(ids))).last_hidden_state[0]
+        vectors = hidden @ colbert.linear.weight.T
+    vectors = vectors / vectors.norm(dim=-1, keepdim=True)
+    punctuation = {i for i in ids if colbert.tokenizer.convert_ids_to_tokens(i).strip("\u2581\u0120") in PUNCTUATION}
+    return vectors[[i not in punctuation for i in ids]], [i for i in ids if i not in punctuation]
+
+
+PUNCTUATION = set(string.punctuation)
+
+
+def test_padded_batch_equals_one_passage_at_a_time(colbert):
+    ids, mask = colbert.frame_passages(*tokenize(colbert.tokenizer, TEXTS, 180))
+    with torch.no_grad():
+        together, kept = colbert.embed(ids, mask), colbert.kept(ids, mask)
+    for i, text in enumerate(TEXTS):
+        alone, tokens = embed_alone(colbert, text)
+        assert ids[i][kept[i]].tolist() == tokens, text
+        assert torch.allclose(together[i][kept[i]], alone, atol=1e-5), text
+
+
+def test_punctuation_is_dropped_and_the_frame_stays(colbert):
+    ids, mask = colbert.frame_passages(*tokenize(colbert.tokenizer, ["boat, (drum)!", "?!..."], 180))
+    kept = colbert.kept(ids, mask)
+    tokens = [colbert.tokenizer.convert_ids_to_tokens(row[keep]) for row, keep in zip(ids, kept, strict=True)]
+    assert tokens == [["[CLS]", "[D]", "boat", "drum", "[SEP]"], ["[CLS]", "[D]", "[SEP]"]]
+    assert sorted(colbert.tokenizer.convert_ids_to_tokens(colbert.config.skiplist)) == sorted(string.punctuation)
+
+
+def test_punctuation_can_be_kept(encoder_dir):
+    colbert = ColBERT.from_base(encoder_dir, dim=16, mask_punctuation=False).eval()
+    assert [len(vectors) for vectors in colbert.encode_passages(["boat, (drum)!", ""])] == [9, 3]
+    assert colbert.kept_counts(*tokenize(colbert.tokenizer, ["boat, (drum)!", ""], 180)).tolist() == [9, 3]
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 200, 4096])
+def test_embed_passages_equals_one_at_a_time(colbert, fp32, tokens_per_batch):
+    pieces = tokenize(colbert.tokenizer, TEXTS, 180)
+    embeddings, counts, padding = colbert.embed_passages(*pieces, tokens_per_batch)
+    assert embeddings.dtype == np.float16 and 0 <= padding < 1
+    assert (padding == 0) or tokens_per_batch > 1
+    assert counts.tolist() == colbert.kept_counts(*pieces).tolist()
+    for text, vectors in zip(TEXTS, np.split(embeddings, np.cumsum(counts)[:-1]), strict=True):
+        assert np.allclose(vectors, embed_alone(colbert, text)[0], atol=1e-3), text
+
+
+def test_embeddings_in_the_fast_type_are_close(colbert):
+    for text, vectors in zip(TEXTS, colbert.encode_passages(TEXTS), strict=True):
+        assert (vectors.float() * embed_alone(colbert, text)[0]).sum(-1).min() > 0.99, text
+
+
+def test_kept_counts_of_tokens_cut_longer(colbert):
+    pieces = tokenize(colbert.tokenizer, ["a . " * 300, "boat", "b " * 400], 1000)
+    assert colbert.kept_counts(*pieces).tolist() == colbert.embed_passages(*pieces)[1].tolist() == [92, 4, 180]
+
+
+def test_score_of_texts_equals_the_loop(colbert, fp32):
+    queries = ["find the boat", "", "drum, eagle?"]
+    scores = colbert.score(queries, TEXTS)
+    vectors = colbert.encode_queries(queries)
+    assert vectors.shape == (3, 32, 16) and vectors.dtype == torch.float32
+    assert torch.allclose(vectors.norm(dim=-1), torch.ones(3, 32), atol=1e-5)
+    for query, row in zip(vectors.tolist(), scores.tolist(), strict=True):
+        expected = [loop_score(query, embed_alone(colbert, text)[0].tolist()) for text in TEXTS]
+        assert np.allclose(row, expected, atol=2e-2)  # passages are stored in fp16
+    assert torch.equal(colbert.score(vectors, colbert.encode_passages(TEXTS)), scores)
+
+
+def test_nothing_to_encode(colbert):
+    assert colbert.encode_queries([]).shape == (0, 32, 16) and colbert.encode_passages([]) == []
+    assert colbert.score(["boat"], []).shape == (1, 0) and colbert.score([], ["boat"]).shape == (0, 1)
+
+
+def test_length_batches():
+    lengths = np.array([5, 180, 7, 7, 3, 60, 5])
+    batches = length_batches(lengths, 20)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(7))
+    assert [lengths[batch].tolist() for batch in batches] == [[180], [60], [7, 7], [5, 5, 3]]
+
+
+def test_forward_gives_the_passages_in_their_order(colbert):
+    pieces = [tokenize(colbert.tokenizer, [text], 180) for text in TEXTS]
+    order = [6, 2, 5, 0, 1, 3, 7, 4]
+    batches = [
+        colbert.frame_passages(*(np.concatenate(part) for part in zip(*(pieces[i] for i in rows), strict=True)))
+        for rows in (order[:3], order[3:])
+    ]
+    queries = colbert.frame_queries(*tokenize(colbert.tokenizer, ["boat"], 32))
+    with torch.no_grad():
+        Q, P, kept = colbert(queries, batches, torch.tensor(order))
+        assert torch.allclose(Q, colbert.embed(*queries))
+    for i, text in enumerate(TEXTS):
+        assert torch.allclose(P[i][kept[i]], embed_alone(colbert, text)[0], atol=1e-5), text
+
+
+def test_project_on_principal(encoder_dir, fp32):
+    colbert = ColBERT.from_base(encoder_dir, dim=8).eval()
+    texts = ["the old boat, and a drum", "eagle", "grape flute cloud", "apple apple house"]
+    pieces = tokenize(colbert.tokenizer, texts, 180)
+    colbert.project_on_principal(*pieces)
+    weight = colbert.linear.weight.detach()
+    assert torch.allclose(weight @ weight.T, torch.eye(8), atol=1e-5)
+    ids, mask = colbert.frame_passages(*pieces)
+    with torch.no_grad():
+        hidden = colbert.encoder(ids, mask).last_hidden_state[colbert.kept(ids, mask)]
+    hidden = torch.nn.functional.normalize(hidden, dim=-1)
+    singular = torch.linalg.svdvals(hidden)
+    assert torch.allclose((hidden @ weight.T).square().sum(), singular[:8].square().sum(), rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------- in and out again
+
+
+def test_save_and_load(colbert, tmp_path):
+    colbert.save_pretrained(tmp_path / "model")
+    for _ in range(2):  # uninitialised memory may be right by chance
+        loaded = ColBERT.from_pretrained(tmp_path / "model")
+        assert not loaded.training and not loaded.encoder.training
+        assert loaded.config.skiplist == punctuation_ids(load_tokenizer(tmp_path / "model")) != []
+        assert loaded.config.encoder["hidden_size"] == 32 and loaded.config.dim == 16
+        state, expected = loaded.state_dict(), colbert.state_dict()
+        assert state.keys() == expected.keys()
+        for name, weights in expected.items():
+            assert torch.equal(state[name], weights), name
+        buffers = dict(loaded.named_buffers())
+        for name, buffer in colbert.named_buffers():
+            assert torch.equal(buffers[name], buffer), name
+        assert torch.equal(loaded.encode_queries(TEXTS), colbert.encode_queries(TEXTS))
+        for a, b in zip(loaded.encode_passages(TEXTS), colbert.encode_passages(TEXTS), strict=True):
+            assert torch.equal(a, b)
+    assert tokenizer_fingerprint(loaded.tokenizer) == tokenizer_fingerprint(colbert.tokenizer)
+    assert model_fingerprint(tmp_path / "model") == model_fingerprint(tmp_path / "model")
+
+
+def test_constructing_touches_no_network_and_no_hub(colbert, monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise AssertionError("network")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("transformers.AutoModel.from_pretrained", refuse)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refuse)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    fresh = ColBERT(model_module.ColBERTConfig(**colbert.config.to_dict()))
+    assert {name: weights.shape for name, weights in fresh.state_dict().items()} == {
+        name: weights.shape for name, weights in colbert.state_dict().items()
+    }
+    weight = fresh.linear.weight.detach()
+    assert torch.allclose(weight @ weight.T, torch.eye(16), atol=1e-5)
+
+
+def test_fingerprints(colbert, encoder_dir, tmp_path):
+    assert tokenizer_fingerprint(load_tokenizer(encoder_dir)) == tokenizer_fingerprint(colbert.tokenizer)
+    with pytest.raises(InputError, match=r"no model here .*run train\.py first"):
+        model_fingerprint(tmp_path)
+    colbert.save_pretrained(tmp_path)
+    before = model_fingerprint(tmp_path)
+    other = ColBERT.from_pretrained(tmp_path)
+    with torch.no_grad():
+        other.linear.weight[0, 0] += 1
+    other.save_pretrained(tmp_path)
+    assert model_fingerprint(tmp_path) != before
+
+
+def test_mistakes(colbert, encoder_dir, tmp_path):
+    with pytest.raises(InputError, match="no tokenizer could be loaded"):
+        ColBERT.from_base(str(tmp_path / "none"))
+    for name in ("doc_maxlen", "query_maxlen"):
+        ColBERT.from_base(encoder_dir, **{name: 512})
+        with pytest.raises(InputError, match="takes 512 tokens, 600 were asked for"):
+            ColBERT.from_base(encoder_dir, **{name: 600})
+    meta = {"tokenizer": "x", "tokenizer_fingerprint": "other", "query_maxlen": 32, "doc_maxlen": 180}
+    with pytest.raises(InputError, match="another tokenizer"):
+        colbert.check_tokens("m", "t", meta)
+    meta["tokenizer_fingerprint"] = tokenizer_fingerprint(colbert.tokenizer)
+    colbert.check_tokens("m", "t", meta | {"doc_maxlen": 300})
+    with pytest.raises(InputError, match=r"cut to doc_maxlen 100, m reads 180: run tsv2mmap\.py with --doc_maxlen 180"):
+        colbert.check_tokens("m", "t", meta | {"doc_maxlen": 100})
+
+
+def test_dropout_is_set_everywhere(encoder_dir):
+    colbert = ColBERT.from_base(encoder_dir, dropout=0.25)
+    rates = [module.p for module in colbert.modules() if isinstance(module, torch.nn.Dropout)]
+    assert rates and set(rates) == {0.25}
+    assert ColBERT.from_base(encoder_dir).config.encoder["hidden_dropout_prob"] == 0.1
+
+
+# ------------------------------------------------------------------------------------------------------ other encoders
+
+CORPUS = [
+    "the old boat, and a drum! near (a) new house",
+    "find the eagle; grape and flute.",
+    "apple cloud \u00e9 \u65e5\u672c",
+    string.punctuation,
+]
+
+
+def train_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of the kind that the encoder comes with, trained on a few lines."""
+    special = {"bpe": ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"], "unigram": ["<s>", "<pad>", "</s>", "<unk>"]}
+    if kind == "bpe":  # byte-level, as ModernBERT
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=400, special_tokens=special[kind], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        )
+        named = dict(
+            zip(("pad_token", "cls_token", "sep_token", "mask_token", "unk_token"), special[kind], strict=True)
+        )
+    elif kind == "unigram":  # sentencepiece, as XLM-R: <mask> stands last
+        backend = Tokenizer(models.Unigram())
+        backend.normalizer = normalizers.NFKC()
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+        backend.decoder = decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=120, special_tokens=[*special[kind], "<mask>"], unk_token="<unk>", show_progress=False
+        )
+        named = {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>"}
+        named |= {"pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>"}
+    else:
+        backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=special["bpe"])
+        named = dict(
+            zip(("pad_token", "cls_token", "sep_token", "mask_token", "unk_token"), special["bpe"], strict=True)
+        )
+    backend.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **named)
+
+
+def modernbert(size, ids):
+    return ModernBertModel(
+        ModernBertConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            local_attention=16,
+            max_position_embeddings=256,
+            vocab_size=size,
+            **ids,
+        )
+    )
+
+
+def xlm_roberta(size, ids):
+    ids = ids | {"bos_token_id": ids.pop("cls_token_id"), "eos_token_id": ids.pop("sep_token_id")}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 200, "type_vocab_size": 1}
+    return XLMRobertaModel(
+        XLMRobertaConfig(vocab_size=size, hidden_size=32, intermediate_size=48, **layers, pad_token_id=1)
+    )
+
+
+def distilbert(size, ids):
+    return DistilBertModel(DistilBertConfig(vocab_size=size, dim=32, hidden_dim=48, n_layers=2, n_heads=2))
+
+
+@pytest.mark.parametrize("build, kind", [(modernbert, "bpe"), (xlm_roberta, "unigram"), (distilbert, "wordpiece")])
+def test_other_encoders(build, kind, tmp_path, fp32):
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(kind)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "pad")}
+    encoder = build(len(tokenizer), ids)
+    encoder.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    colbert = ColBERT.from_base(tmp_path / "base", dim=16).eval()
+
+    # The weights are the encoder's, the markers begin as the mean of its embeddings.
+    table = encoder.get_input_embeddings().weight
+    new = colbert.encoder.get_input_embeddings().weight
+    markers = colbert.tokenizer.convert_tokens_to_ids(["[Q]", "[D]"])
+    assert markers == [colbert.config.query_marker_id, colbert.config.passage_marker_id] and len(set(markers)) == 2
+    assert torch.equal(new[: len(tokenizer)], table) and torch.allclose(new[markers], table.mean(0).expand(2, -1))
+
+    # Every symbol is dropped that the tokenizer has a token for.
+    dropped = {
+        token.strip("\u2581\u0120") for token in colbert.tokenizer.convert_ids_to_tokens(colbert.config.skiplist)
+    }
+    assert PUNCTUATION - {"##"} >= dropped >= set(",.!;()")
+
+    pieces = tokenize(colbert.tokenizer, TEXTS, 180)
+    assert not set(pieces[0].tolist()) & (set(colbert.tokenizer.all_special_ids) - {colbert.tokenizer.unk_token_id})
+    embeddings, counts, _ = colbert.embed_passages(*pieces)
+    assert counts.tolist() == colbert.kept_counts(*pieces).tolist() and counts.min() >= 3 and counts.max() == 180
+    for text, vectors in zip(TEXTS, np.split(embeddings, np.cumsum(counts)[:-1]), strict=True):
+        alone, _ = embed_alone(colbert, text)
+        assert vectors.shape == alone.shape and np.allclose(vectors, alone, atol=2e-3), text
+
+    colbert.save_pretrained(tmp_path / "model")
+    loaded = ColBERT.from_pretrained(tmp_path / "model")
+    assert not loaded.training
+    assert torch.equal(loaded.encode_queries(TEXTS), colbert.encode_queries(TEXTS))
+    assert np.array_equal(loaded.embed_passages(*tokenize(loaded.tokenizer, TEXTS, 180))[0], embeddings)
+
+
+def test_positions_that_begin_after_the_padding(tmp_path):
+    """RoBERTa's 200 positions hold 198 tokens."""
+    tokenizer = train_tokenizer("unigram")
+    xlm_roberta(len(tokenizer), {"cls_token_id": 0, "sep_token_id": 2}).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="takes 198 tokens, 199 were asked for"):
+        ColBERT.from_base(tmp_path, doc_maxlen=199)
+    colbert = ColBERT.from_base(tmp_path, doc_maxlen=198).eval()
+    assert len(colbert.encode_passages(["eagle " * 300])[0]) == 198

@@ -1,0 +1,73 @@
+"""Tab-separated files: plain lines, and errors that name the file and the line."""
+
+import gzip
+import random
+
+import pytest
+
+from artifact import InputError
+from tsv import count_lines, read_id_text, read_queries, read_rows
+
+
+def write(path, content: bytes):
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz"])
+def test_lines_are_no_csv(tmp_path, name):
+    path = write(tmp_path / name, 'a\t"quoted\nb\tx\x0by\u2028z\x85\n\u00e9\tcrlf\r\nd\t\ne\tend'.encode())
+    assert list(read_rows(path, "pid, passage", "collection")) == [
+        (1, ["a", '"quoted']),
+        (2, ["b", "x\x0by\u2028z\x85"]),  # only \n ends a line
+        (3, ["é", "crlf"]),
+        (4, ["d", ""]),
+        (5, ["e", "end"]),
+    ]
+    assert count_lines(path) == 5
+    assert count_lines(write(tmp_path / "b.tsv", b"")) == 0
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"a\tb\nc\n", r"a\.tsv:2: found 1 column.*expected 2 \(id, text\)"),
+        (b"a\tb\n\nc\td\n", r"a\.tsv:2: found 1 column"),
+        (b"a\tb\tc\n", r"a\.tsv:1: found 3 column"),
+        (b"a\tb\nc\tx\xe9y\n", r"a\.tsv:2: byte 0xe9 at column 4 is not UTF-8"),
+        (b"a\tb\n\tx\n", r"a\.tsv:2: id '' is empty"),
+        (b"a b\tx\n", r"a\.tsv:1: id 'a b' is empty or has white space"),
+        (b" a\tx\n", r"a\.tsv:1: id ' a'"),
+        ("a\u00a0b\tx\n".encode(), r"a\.tsv:1: id .* white space"),
+        (b"a" * 257 + b"\tx\n", r"a\.tsv:1: id of 257 bytes, at most 256"),
+    ],
+)
+def test_errors_name_the_line(tmp_path, content, message):
+    with pytest.raises(InputError, match=message):
+        list(read_id_text(write(tmp_path / "a.tsv", content), "collection"))
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(InputError, match=r"none\.tsv: no such file \(collection\)"):
+        list(read_rows(tmp_path / "none.tsv", "a, b", "collection"))
+    whole = gzip.compress(b"a\tb\n" * 1000)
+    for name, content in (("cut.gz", whole[:-20]), ("not.gz", b"a\tb\n")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=rf"{name}: broken gzip file .*fetch it again"):
+            list(read_rows(tmp_path / name, "a, b", "collection"))
+
+
+def test_damaged_gzip_is_an_input_error(tmp_path):
+    whole = gzip.compress(b"".join(b"%d\tb%d\n" % (i, i * i) for i in range(5000)))
+    for start in range(20, len(whole) - 60, len(whole) // 20):  # some break the stream, some only the text
+        damaged = whole[:start] + random.Random(start).randbytes(40) + whole[start + 40 :]
+        (tmp_path / "bits.gz").write_bytes(damaged)
+        with pytest.raises(InputError):
+            list(read_rows(tmp_path / "bits.gz", "a, b", "collection"))
+
+
+def test_read_queries(tmp_path):
+    path = write(tmp_path / "q.tsv", b"9\tnine\nx\t\n1\tone  two\n")
+    assert list(read_queries(path).items()) == [("9", "nine"), ("x", ""), ("1", "one  two")]
+    with pytest.raises(InputError, match=r"q\.tsv:3: qid 'a' a second time"):
+        read_queries(write(path, b"a\tx\nb\ty\na\tx\n"))
