@@ -1,0 +1,167 @@
+"""Passages to embeddings: model.embed_passages against the reference's way, same weights and texts, one core.
+
+    python bench/bench_encode.py --model experiments/squad/model
+
+Three ways, in turn, in one process: the reference's (collection order, padded to 180, fp32), ours in fp32 (batches of
+similar length: what is won by not computing padding) and ours (the CPU's bf16 on top). Both begin after the
+tokenizer, with the ids in memory, and end with fp16 embeddings in memory. `gflops` counts the multiplications that
+real tokens need, so padding is no work done; `roof` is a square matmul in the same type, measured beside it. Peak
+memory is that of a process of its own for each way, `working` what it takes above weights and libraries.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import reference
+import torch
+import transformers
+from measure import (
+    DATA,
+    MINILM,
+    add_results_flag,
+    hardware,
+    matmul_gflops,
+    spread,
+    timed,
+    working_memory,
+    write_result,
+)
+
+from model import FRAME, MARKERS, ColBERT, fast_dtype, tokenize
+from tsv import read_id_text
+
+WAYS = ("reference", "ours_fp32", "ours")
+
+
+def load_model(name_or_path, device: str) -> ColBERT:
+    """A ColBERT checkpoint, or a new ColBERT on any encoder (speed does not depend on the weights)."""
+    config = Path(name_or_path) / "config.json"
+    trained = config.is_file() and json.loads(config.read_text()).get("model_type") == "colbert"
+    torch.manual_seed(0)
+    return (ColBERT.from_pretrained if trained else ColBERT.from_base)(str(name_or_path)).to(device).eval()
+
+
+def load_texts(path, n: int) -> list[str]:
+    """n passages spread evenly over a collection."""
+    texts = [text for _, _, text in read_id_text(path, "collection: pid, passage")]
+    return [texts[i] for i in np.linspace(0, len(texts) - 1, min(n, len(texts))).astype(int)]
+
+
+def prepare(args) -> tuple[dict, np.ndarray, ColBERT]:
+    """The three ways as functions without arguments, tokens of each passage as framed (N,), and the model."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(args.threads)
+    model, texts = load_model(args.model, args.device), load_texts(args.collection, args.n_passages)
+    maxlen = model.config.doc_maxlen
+    padded = reference.tokenize_padded(reference.load_tokenizer(args.model), texts, MARKERS["passage"], maxlen)
+    pieces = tokenize(model.tokenizer, texts, maxlen)
+
+    def ours_fp32():
+        with reference.fp32(model):
+            return model.embed_passages(*pieces)
+
+    functions = (
+        lambda: reference.embed_passages(model, *padded, args.reference_batch),
+        ours_fp32,
+        lambda: model.embed_passages(*pieces),
+    )
+    return dict(zip(WAYS, functions, strict=True)), pieces[1] + FRAME, model
+
+
+def peak_memory(args, way: str) -> dict:
+    """Peak memory of one way, in this (fresh) process."""
+    return working_memory(prepare(args)[0][way])
+
+
+def useful_gflop(model: ColBERT, lengths: np.ndarray) -> float:
+    """10^9 operations that real tokens need: two a weight and token, and attention, 4 L^2 H a layer."""
+    weights = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embeddings" not in n)
+    config = model.encoder.config
+    attention = 4 * config.num_hidden_layers * config.hidden_size * (lengths.astype(float) ** 2).sum()
+    return (2 * weights * lengths.sum() + attention) / 1e9
+
+
+def check_agreement(results: dict) -> float:
+    """The lowest cosine between the reference's embeddings and ours; they must be as many for every passage."""
+    embeddings, lengths = results["reference"]
+    lowest = 1.0
+    for way in WAYS[1:]:
+        ours, counts, _ = results[way]
+        assert counts.tolist() == lengths, f"{way} keeps other tokens than the reference"
+        lowest = min(lowest, float((embeddings.float() * torch.from_numpy(ours).float()).sum(1).min()))
+    return lowest
+
+
+def main(args):
+    machine = hardware()
+    ways, lengths, model = prepare(args)
+    lengths = np.minimum(lengths, model.config.doc_maxlen)
+    results = {way: run() for way, run in ways.items()}  # also the warm-up
+    cosine = check_agreement(results)
+    padding = {way: results[way][2] for way in WAYS[1:]}
+    padding["reference"] = 1 - lengths.mean() / model.config.doc_maxlen
+    seconds = {way: [] for way in WAYS}
+    for _, way in itertools.product(range(args.repeats), WAYS):
+        seconds[way].append(timed(ways[way])[1])
+    gflop, rows = useful_gflop(model, lengths), []
+    fast = fast_dtype(model.device)
+    roofs = {dtype: matmul_gflops(dtype, args.device) for dtype in {torch.float32, fast}}
+    context = multiprocessing.get_context("spawn")
+    for way in WAYS:
+        with context.Pool(1) as pool:
+            memory = pool.apply(peak_memory, (args, way))
+        time = spread(seconds[way])
+        dtype = fast if way == "ours" else torch.float32
+        row = {
+            "way": way,
+            "dtype": str(dtype).removeprefix("torch."),
+            "seconds": time,
+            "passages_per_second": round(len(lengths) / time["median"], 1),
+            "padding": round(float(padding[way]), 4),
+            "gflops": round(gflop / time["median"], 1),
+            "roof_gflops": round(roofs[dtype], 1),
+            **memory,
+        }
+        row["share_of_roof"] = round(row["gflops"] / row["roof_gflops"], 3)
+        rows.append(row)
+        row["speed_ratio"] = round(rows[0]["seconds"]["median"] / time["median"], 2)
+        print(
+            f"{way:9} {row['dtype']:8} {row['passages_per_second']:7} passages/s [{time['low']}, {time['high']}] s, "
+            f"padding {row['padding']:.1%}, {row['gflops']:6} of {row['roof_gflops']} GFLOP/s "
+            f"({row['share_of_roof']:.0%}), {row['peak_mb']} MB ({row['working_mb']} for the work): "
+            f"{row['speed_ratio']} x"
+        )
+    print(f"{len(lengths)} passages of {lengths.mean():.1f} tokens; lowest cosine to the reference's: {cosine:.4f}")
+    encoder = model.encoder.config
+    facts = {
+        "encoder": f"{encoder.model_type}, {encoder.num_hidden_layers} layers of {encoder.hidden_size}",
+        "dim": model.config.dim,
+        "passages": len(lengths),
+        "tokens_per_passage": round(float(lengths.mean()), 1),
+    }
+    write_result("encode", args, machine, **facts, lowest_cosine=round(cosine, 4), rows=rows)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--collection", type=Path, default=DATA / "squad" / "collection.tsv", help="pid, passage")
+    parser.add_argument("--model", default=MINILM, help="ColBERT folder, or an encoder's name or folder")
+    parser.add_argument("--n_passages", type=int, default=256, help="spread evenly over the collection")
+    parser.add_argument("--repeats", type=int, default=5, help="alternating runs after the warm-up")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1: one core)")
+    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--reference_batch", type=int, default=1024, help="passages; 1024 is the reference's default")
+    add_results_flag(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main(parse_args())

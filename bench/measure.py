@@ -1,0 +1,145 @@
+"""What the benchmarks share: seconds and their spread, memory of a command, and the result line.
+
+Every benchmark appends one JSON line to results/bench/<name>.jsonl, with the commit and the hardware it ran on.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+DATA = REPO.parent / "shared" / "data"  # real collections in MS MARCO's format, where there are any
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+INTERVAL = 0.02  # seconds between two looks at the memory of a command
+
+
+def hardware() -> dict:
+    """CPU model, cores this process may use, torch version, and the GPU if there is one."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    facts = {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 2),  # a busy machine shows here
+        "torch": torch.__version__,
+    }
+    return facts | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+
+
+def commit() -> dict:
+    """The commit measured, and whether tracked files differed from it."""
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True)
+    status = subprocess.run(
+        ["git", "status", "--porcelain", "--untracked-files=no"], cwd=REPO, capture_output=True, text=True
+    )
+    return {"commit": head.stdout.strip(), "modified": bool(status.stdout.strip())}
+
+
+def write_result(name: str, args, hardware: dict, **figures) -> None:
+    """Append one JSON line to results/bench/<name>.jsonl; `hardware` as it was found before the measurement."""
+    path = args.results / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = {key: shorten(value) for key, value in vars(args).items() if key != "results"}
+    line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **commit(), "hardware": hardware, "args": settings, **figures}
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(f"→ {path}")
+
+
+def shorten(value):
+    """An absolute path as its last part: the rest says nothing about the measurement."""
+    if isinstance(value, Path | str):
+        return Path(value).name if os.path.isabs(value) else str(value)
+    return value
+
+
+def add_results_flag(parser) -> None:
+    parser.add_argument("--results", type=Path, default=REPO / "results" / "bench", help="folder of the result lines")
+
+
+def spread(values: list[float], digits: int = 3) -> dict:
+    """Median, lowest and highest of some measurements, and how many there were."""
+    median, low, high = (round(f(values), digits) for f in (statistics.median, min, max))
+    return {"median": median, "low": low, "high": high, "runs": len(values)}
+
+
+def timed(function, *args):
+    """(result, seconds) of a call."""
+    started = time.perf_counter()
+    result = function(*args)
+    return result, time.perf_counter() - started
+
+
+def matmul_gflops(dtype: torch.dtype, device="cpu", n: int = 2048) -> float:
+    """GFLOP/s of an (n, n) matmul, the best of five: the roof that the rest is held against."""
+    a = torch.randn(n, n, device=device).to(dtype)
+    (a @ a).sum().item()
+    return max(2 * n**3 / timed(lambda: (a @ a)[0, 0].item())[1] / 1e9 for _ in range(5))
+
+
+def run_command(script: str, **flags) -> dict:
+    """Run a stage as a user does, `python SCRIPT --flag value ...`, and measure it.
+
+    Returns its last line of output (JSON) as `output`, wall `seconds`, and two memory peaks in MB (10^6 bytes):
+    `private_mb`, memory of all its processes that no file backs, looked at every 20 ms: what the machine must have;
+    `rss_mb`, resident memory of its largest process, to which pages of memory-mapped files count that the kernel may
+    drop at any time.
+    """
+    words = [word for flag, value in flags.items() if value is not None for word in (f"--{flag}", str(value))]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        started, private = time.perf_counter(), 0
+        process = subprocess.Popen(
+            [sys.executable, str(REPO / script), *words], stdout=out, stderr=err, start_new_session=True
+        )
+        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+            private = max(private, private_bytes(process.pid))
+            time.sleep(INTERVAL)
+        seconds = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(ended[1])
+        out.seek(0)
+        err.seek(0)
+        if process.returncode:
+            sys.exit(f"{script} {' '.join(words)}: exit code {process.returncode}\n{err.read()[-2000:]}")
+        output = json.loads(out.read().splitlines()[-1])
+    return {
+        "output": output,
+        "seconds": round(seconds, 2),
+        "private_mb": round(private / 1e6),
+        "rss_mb": round(ended[2].ru_maxrss * 1024 / 1e6),
+    }
+
+
+def private_bytes(session: int) -> int:
+    """Anonymous resident memory of all processes of a session (Linux)."""
+    total = 0
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.getsid(int(pid)) == session:
+                total += status_bytes("RssAnon", pid)
+        except OSError:  # it has ended since it was listed
+            continue
+    return total
+
+
+def status_bytes(field: str, pid="self") -> int:
+    """A figure of /proc/PID/status in bytes (Linux); 0 for a process that has just ended."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * int(status.split(f"{field}:")[1].split()[0]) if f"{field}:" in status else 0
+
+
+def working_memory(function) -> dict:
+    """Call a function and give the peak of resident memory in MB (10^6 bytes), and how far it was above the start."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = status_bytes("VmRSS")
+    function()
+    peak = status_bytes("VmHWM")
+    return {"peak_mb": round(peak / 1e6), "working_mb": round((peak - before) / 1e6)}
