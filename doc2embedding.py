@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 import transformers
 from accelerate import PartialState
 from tqdm import tqdm
@@ -67,7 +68,8 @@ def main(args):
     started = time.time()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    state = PartialState(cpu=args.cpu)
+    # Only where it knows that it is on CPUs does accelerate let several processes find each other.
+    state = PartialState(cpu=args.cpu or not torch.accelerator.is_available())
     tokens_meta = read_meta(args.tokens_dir, "tokens", "tsv2mmap.py")
     n_passages = tokens_meta["counts"]["pids"]
     if not n_passages:
@@ -104,6 +106,7 @@ def main(args):
         "model": str(args.model),
         "model_fingerprint": model_print,
         "tokens_fingerprint": tokens_meta["fingerprint"],
+        "processes": state.num_processes,
         "passages": n_passages,
         "embeddings": sum(part["embeddings"] for part in parts),
         "dim": model.config.dim,

@@ -279,7 +279,7 @@ def main(args):
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
-        cpu=args.cpu,
+        cpu=args.cpu or not torch.accelerator.is_available(),  # else processes without a GPU would not find each other
         step_scheduler_with_optimizer=False,
         log_with="wandb" if args.wandb_mode != "disabled" else None,
     )
