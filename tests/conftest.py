@@ -38,10 +38,15 @@ def run_stage_cli(script, *arguments, **options) -> subprocess.CompletedProcess:
 
 
 def launch_cli(n_processes: int, script, *arguments) -> subprocess.CompletedProcess:
-    """Run a script under `accelerate launch` on the CPU."""
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", n_processes, "--num_machines", 1)
+    """Run a script under `accelerate launch`; without a GPU to be seen the processes talk by gloo.
+
+    (--multi_gpu is what makes several processes: `accelerate launch --cpu --num_processes 2` starts one.)
+    """
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", n_processes, "--num_machines", 1)
     port = ("--main_process_port", random.randrange(20000, 60000))
-    return run_stage_cli(*launcher, *port, "--mixed_precision", "no", "--dynamo_backend", "no", script, *arguments)
+    settings = ("--mixed_precision", "no", "--dynamo_backend", "no")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return run_stage_cli(*launcher, *port, *settings, script, *arguments, env=environment)
 
 
 def threads_for_workers(method=None):

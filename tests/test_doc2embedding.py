@@ -1,0 +1,135 @@
+"""doc2embedding: the model's own vectors, in the collection's order, whoever computed them and however often."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import call_stage, launch_cli, succeed
+
+from model import ColBERT
+from ragged import Ids, Ragged
+
+ARRAYS = ("values.npy", "offsets.npy", "pids.npy")
+
+
+def arrays(folder) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in ARRAYS}
+
+
+def test_values_are_the_models(embedding_dir, model_dir, toy_dir):
+    passages = dict(line.split("\t") for line in (toy_dir / "collection.tsv").read_text().splitlines())
+    model, stored = ColBERT.from_pretrained(model_dir), Ragged(embedding_dir)
+    assert stored.values.dtype == np.float16 and stored.values.shape == (stored.offsets[-1], 16)
+    pids = Ids(embedding_dir / "pids.npy").text(np.arange(len(stored)))
+    assert pids == list(passages)
+    for row, text in enumerate(passages.values()):
+        alone = model.encode_passages([text])[0].float()
+        vectors = torch.from_numpy(stored[row].astype(np.float32))
+        assert vectors.shape == alone.shape, text
+        assert torch.allclose(vectors.norm(dim=-1), torch.ones(len(vectors)), atol=2e-3)
+        assert (vectors * alone).sum(-1).min() > 0.998, text  # batched otherwise, perhaps in bf16
+    assert len(stored[pids.index("p8")]) == 3 and len(stored[pids.index("p9")]) == 180
+    meta = json.loads((embedding_dir / "meta.json").read_text())
+    assert meta["kind"] == "embeddings" and meta["passages"] == 40 and meta["embeddings"] == len(stored.values)
+
+
+def test_two_processes_write_the_same_files(embedding_dir, embedding_arguments, tmp_path):
+    assert embedding_arguments[0] == "--cpu"  # not given here: they find each other all the same
+    done = succeed(launch_cli(2, "doc2embedding.py", *embedding_arguments[1:], "--output_dir", tmp_path / "e"))
+    assert arrays(tmp_path / "e") == arrays(embedding_dir)
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["processes"] == 2 and report["passages"] == 40
+    assert [path.name for path in tmp_path.iterdir()] == ["e"]
+
+
+@pytest.mark.parametrize("part_size", [1, 40, 10_000])
+def test_part_size_is_no_matter(embedding_dir, embedding_arguments, tmp_path, part_size):
+    done = call_stage(
+        "doc2embedding.py", *embedding_arguments, "--part_size", part_size, "--output_dir", tmp_path / "e"
+    )
+    succeed(done)
+    expected, found = Ragged(embedding_dir), Ragged(tmp_path / "e")
+    assert np.array_equal(found.offsets, expected.offsets)
+    cosines = (found.values.astype(np.float32) * expected.values.astype(np.float32)).sum(-1)
+    assert cosines.min() > 0.998
+    assert len(list((tmp_path / "e/parts").iterdir())) == -(-40 // part_size)
+
+
+def test_part_size_is_no_matter_at_all_in_fp32(embedding_arguments, tmp_path, monkeypatch):
+    for module in ("model", "doc2embedding"):
+        monkeypatch.setattr(f"{module}.fast_dtype", lambda device: torch.float32)
+    values = []
+    for part_size in (3, 40):
+        folder = tmp_path / str(part_size)
+        arguments = (*embedding_arguments, "--part_size", part_size, "--output_dir", folder, "--tokens_per_batch", 300)
+        succeed(call_stage("doc2embedding.py", *arguments))
+        values.append(np.load(folder / "values.npy").astype(np.float32))
+    assert np.allclose(values[0], values[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("lost", [[2], [0, 4], [0, 1, 2, 3, 4]])
+def test_a_killed_run_is_completed(embedding_dir, embedding_arguments, tmp_path, lost):
+    """As a kill leaves it: parts without their .json, of which anything may have been written; no meta.json."""
+    folder = tmp_path / "e"
+    shutil.copytree(embedding_dir, folder)
+    for name in ("meta.json", "pids.npy"):
+        (folder / name).unlink()
+    values, offsets = np.load(folder / "values.npy", mmap_mode="r+"), np.load(folder / "offsets.npy")
+    for number in lost:
+        (folder / "parts" / f"{number}.json").unlink()
+        (folder / "parts" / f"{number}.json.partial").write_text("{")
+        values[offsets[9 * number] : offsets[min(40, 9 * number + 9)]] = 7
+    values.flush()
+    kept = {number: (folder / f"parts/{number}.json").stat().st_mtime_ns for number in {*range(5)} - {*lost}}
+    succeed(call_stage("doc2embedding.py", *embedding_arguments, "--output_dir", folder))
+    assert arrays(folder) == arrays(embedding_dir)
+    for number, written in kept.items():
+        assert (folder / f"parts/{number}.json").stat().st_mtime_ns == written  # not computed again
+    assert json.loads((folder / "meta.json").read_text())["embeddings"] == len(values)
+
+
+def test_a_kill_while_the_folder_is_laid_out(embedding_dir, embedding_arguments, tmp_path):
+    (tmp_path / "e.partial").mkdir()
+    (tmp_path / "e.partial/values.npy").write_text("half")
+    succeed(call_stage("doc2embedding.py", *embedding_arguments, "--output_dir", tmp_path / "e"))
+    assert arrays(tmp_path / "e") == arrays(embedding_dir) and [path.name for path in tmp_path.iterdir()] == ["e"]
+
+
+def test_a_finished_folder_is_left_as_it_is(embedding_dir, embedding_arguments, tmp_path):
+    shutil.copytree(embedding_dir, tmp_path / "e")
+    succeed(call_stage("doc2embedding.py", *embedding_arguments, "--output_dir", tmp_path / "e"))
+    assert arrays(tmp_path / "e") == arrays(embedding_dir)
+
+
+def refused(*arguments) -> str:
+    done = call_stage("doc2embedding.py", *arguments)
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+def test_mistakes(embedding_dir, embedding_arguments, model_dir, tmp_path):
+    model = ColBERT.from_pretrained(model_dir)
+    with torch.no_grad():
+        model.linear.weight[0, 0] += 0.1
+    model.save_pretrained(tmp_path / "other")
+    shutil.copytree(embedding_dir, tmp_path / "e")
+    message = refused(*embedding_arguments, "--model", tmp_path / "other", "--output_dir", tmp_path / "e")
+    assert "embeddings of another model or collection: remove it" in message
+    assert arrays(tmp_path / "e") == arrays(embedding_dir)
+
+    output = ("--output_dir", tmp_path / "new")
+    assert "run train.py first" in refused(*embedding_arguments, "--model", tmp_path / "none", *output)
+    assert "run tsv2mmap.py first" in refused(*embedding_arguments, "--tokens_dir", tmp_path / "none", *output)
+    assert "give the folder written by tsv2mmap.py" in refused(
+        *embedding_arguments, "--tokens_dir", embedding_dir, *output
+    )
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_models_tokens(embedding_arguments, toy_dir, encoder_dir, tmp_path):
+    collection = ("--collection", toy_dir / "collection.tsv", "--tokenizer", encoder_dir, "--doc_maxlen", 50)
+    succeed(call_stage("tsv2mmap.py", *collection, "--output_dir", tmp_path / "tokens"))
+    message = refused(*embedding_arguments, "--tokens_dir", tmp_path / "tokens", "--output_dir", tmp_path / "e")
+    assert "cut to doc_maxlen 50" in message and "run tsv2mmap.py with --doc_maxlen 180" in message
