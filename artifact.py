@@ -100,8 +100,8 @@ def write_meta(folder, *args, **facts) -> dict:
     return meta
 
 
-def read_meta(folder, kind: str, made_by: str) -> dict:
-    """The `meta.json` of a finished artifact of this kind. Raises InputError that names the stage to run."""
+def read_meta(folder, kind: str, made_by: str, *or_kind: str) -> dict:
+    """The `meta.json` of a finished artifact of this kind (or of `or_kind`). Raises InputError naming a stage."""
     path = Path(folder) / "meta.json"
     if not path.is_file():
         raise InputError(f"{folder}: not a finished {kind} folder (no meta.json): run {made_by} first")
@@ -109,7 +109,7 @@ def read_meta(folder, kind: str, made_by: str) -> dict:
         meta = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}): remove {folder} and run {made_by} again") from None
-    if meta.get("kind") != kind:
+    if meta.get("kind") not in (kind, *or_kind):
         raise InputError(f"{folder}: holds {meta.get('kind')!r}, not {kind!r}: give the folder written by {made_by}")
     return meta
 

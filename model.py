@@ -141,13 +141,15 @@ def maxsim_packed(queries: Tensor, embeddings: Tensor, lengths: Tensor) -> Tenso
     returns (B, N) fp32.
     """
     B, Lq, D = queries.shape
-    similarity = (embeddings @ queries.reshape(B * Lq, D).T).float()  # (T, B * Lq)
-    if similarity.device.type == "cpu":  # numpy's segmented maximum is several times faster there
+    queries = queries.reshape(B * Lq, D)
+    if queries.device.type == "cpu":  # numpy's segmented maximum is many times faster there, along contiguous rows
         starts = np.cumsum(lengths.numpy()) - lengths.numpy()
-        best = torch.from_numpy(np.maximum.reduceat(similarity.numpy(), starts, axis=0))  # (N, B * Lq)
-    else:
-        best = torch.segment_reduce(similarity, "max", lengths=lengths, axis=0)  # (N, B * Lq)
-    return best.view(len(lengths), B, Lq).sum(-1).T
+        similarity = (queries @ embeddings.T).float()  # (B * Lq, T)
+        best = torch.from_numpy(np.maximum.reduceat(similarity.numpy(), starts, axis=1))  # (B * Lq, N)
+        return best.view(B, Lq, -1).sum(1)
+    similarity = (embeddings @ queries.T).float()  # (T, B * Lq)
+    best = torch.segment_reduce(similarity, "max", lengths=lengths, axis=0)  # (N, B * Lq)
+    return best.view(-1, B, Lq).sum(-1).T
 
 
 # ------------------------------------------------------------------------------------------------------------- model

@@ -4,7 +4,7 @@
     python retrieve.py ... --candidates top1000.dev     # reranking: exact MaxSim of the candidates of each query
     python retrieve.py ... --exact                      # every passage, streamed: the ground truth for all else
 
-reads   index/ (build_index.py), model/ (train.py), queries (qid, query)
+reads   index/ (build_index.py; embeddings/ will do for the last two), model/ (train.py), queries (qid, query)
 writes  a run file, TREC (qid Q0 pid rank score tag) or MS MARCO (qid, pid, rank)
 
 For each query token the --faiss_depth nearest embeddings in --nprobe lists are looked up; their passages are ordered
@@ -34,6 +34,7 @@ from model import ColBERT, maxsim_packed, model_fingerprint
 from ragged import Ids, Ragged
 from tsv import read_queries
 
+RERANK_TOKENS = {"cpu": 4096, "cuda": 1 << 20}  # embeddings of candidates scored at a time
 EXACT_TOKENS = 4096  # embeddings scored at a time by exact search
 EXACT_QUERIES = 128  # against so many queries
 EXACT_PASSAGES = 2048  # passages whose scores are kept before they are merged into the best
@@ -46,10 +47,11 @@ class Searcher:
 
     def __init__(self, index_dir, model=None, device="cpu", gpu_index: bool = False):
         """Open an index folder; `model`, if given, is a model folder. Raises InputError if they do not fit."""
-        self.meta = read_meta(index_dir, "index", "build_index.py")
+        self.meta = read_meta(index_dir, "index", "build_index.py", "embeddings")
         self.index_dir, self.device, self.gpu_index = Path(index_dir), torch.device(device), gpu_index
         self.embeddings, self.pids = Ragged(index_dir), Ids(Path(index_dir) / "pids.npy")
-        self._values = torch.from_numpy(self.embeddings.values.view(np.ndarray))  # (T, D) fp16, memory-mapped
+        # (T, D) fp16, memory-mapped; "c" is copy on write: torch wants it writable, and nothing is written
+        self._values = torch.from_numpy(np.load(Path(index_dir) / "values.npy", mmap_mode="c"))
         self._faiss = None
         self.seconds: dict[str, float] = {}  # where the time went
         self.model = None
@@ -65,6 +67,8 @@ class Searcher:
     def faiss(self):
         """The FAISS index, opened when first needed."""
         if self._faiss is None:
+            if self.meta["kind"] != "index":
+                raise InputError(f"{self.index_dir}: embeddings without an index: run build_index.py, or use --exact")
             index = faiss.read_index(str(self.index_dir / "faiss.index"), faiss.IO_FLAG_MMAP)
             on_gpu = self.gpu_index and getattr(faiss, "get_num_gpus", int)()
             self._faiss = faiss.index_cpu_to_all_gpus(index) if on_gpu else index
@@ -95,11 +99,12 @@ class Searcher:
         return self.rerank(queries, candidates, k)
 
     def _set_nprobe(self, nprobe: int) -> None:
+        index = self.faiss  # first of all: opening it tells whether there is one
         nprobe = min(nprobe, self.meta["nlist"])
         if self.gpu_index and hasattr(faiss, "GpuParameterSpace"):
-            faiss.GpuParameterSpace().set_index_parameter(self.faiss, "nprobe", nprobe)
+            faiss.GpuParameterSpace().set_index_parameter(index, "nprobe", nprobe)
         else:
-            faiss.extract_index_ivf(self.faiss).nprobe = nprobe
+            faiss.extract_index_ivf(index).nprobe = nprobe
 
     def rerank(self, queries: Tensor, candidates: list[np.ndarray], k: int) -> list[Ranking]:
         """Exact MaxSim of each query (B, Lq, D) with its own candidate rows; the k best."""
@@ -109,14 +114,26 @@ class Searcher:
                 rankings.append((rows, np.zeros(0, np.float32)))
                 continue
             rows = np.sort(rows)  # the memory map is read from front to back
-            with self._timed("read embeddings"):
-                positions, lengths = self.embeddings.positions(rows)
-                embeddings = self._values[torch.from_numpy(positions)].to(self.device).float()  # (T, D)
-            with self._timed("MaxSim"):
-                lengths = torch.from_numpy(lengths).to(self.device)
-                scores = maxsim_packed(query[None].to(self.device), embeddings, lengths)[0].cpu().numpy()
-                rankings.append(top(rows, scores, k))
+            scores = [self._score(query[None].to(self.device), block) for block in self._split(rows)]
+            rankings.append(top(rows, np.concatenate(scores), k))
         return rankings
+
+    def _split(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Rows in blocks of about RERANK_TOKENS embeddings."""
+        ends = np.cumsum(self.embeddings.lengths(rows))
+        size = RERANK_TOKENS[self.device.type]
+        return np.split(rows, np.unique(np.searchsorted(ends, np.arange(size, ends[-1], size))))
+
+    def _score(self, query: Tensor, rows: np.ndarray) -> np.ndarray:
+        """MaxSim (n,) of one query (1, Lq, D) with some passages."""
+        if not len(rows):
+            return np.zeros(0, np.float32)
+        with self._timed("read embeddings"):
+            positions, lengths = self.embeddings.positions(rows)
+            embeddings = torch.index_select(self._values, 0, torch.from_numpy(positions))  # (T, D) fp16
+            embeddings = embeddings.to(self.device).float()
+        with self._timed("MaxSim"):
+            return maxsim_packed(query, embeddings, torch.from_numpy(lengths).to(self.device))[0].cpu().numpy()
 
     def exact(self, queries: Tensor, k: int) -> list[Ranking]:
         """The k best of all passages for each query (Q, Lq, D): every embedding is read once and scored in fp32."""
@@ -201,7 +218,7 @@ def default_rerank_depth(k: int) -> int:
 def main(args):
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    state = PartialState(cpu=args.cpu)
+    state = PartialState(cpu=args.cpu or not torch.accelerator.is_available())  # else processes do not find each other
     check_file(args.queries, "queries: qid, query")
     if args.candidates:
         check_file(args.candidates, "candidates of the queries")
@@ -251,7 +268,7 @@ def parse_args():
     parser.add_argument(
         "--model", type=Path, required=True, help="the ColBERT model folder that the index was made from"
     )
-    parser.add_argument("--index_dir", type=Path, required=True, help="what build_index.py wrote")
+    parser.add_argument("--index_dir", type=Path, required=True, help="what build_index.py wrote (or doc2embedding.py)")
     parser.add_argument("--queries", type=Path, required=True, help="qid, query")
     parser.add_argument("--output", type=Path, required=True, help="run file to write")
     parser.add_argument("--format", choices=("trec", "msmarco"), default="trec", help="of the run file (default trec)")

@@ -43,10 +43,9 @@ def launch_cli(n_processes: int, script, *arguments) -> subprocess.CompletedProc
     (--multi_gpu is what makes several processes: `accelerate launch --cpu --num_processes 2` starts one.)
     """
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", n_processes, "--num_machines", 1)
-    port = ("--main_process_port", random.randrange(20000, 60000))
-    settings = ("--mixed_precision", "no", "--dynamo_backend", "no")
+    settings = ("--main_process_port", 0, "--mixed_precision", "no", "--dynamo_backend", "no")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    return run_stage_cli(*launcher, *port, *settings, script, *arguments, env=environment)
+    return run_stage_cli(*launcher, *settings, script, *arguments, env=environment)
 
 
 def threads_for_workers(method=None):
@@ -175,4 +174,17 @@ def embedding_dir(tmp_path_factory, embedding_arguments) -> Path:
     """doc2embedding.py with that model, by one process."""
     folder = tmp_path_factory.mktemp("embeddings") / "embeddings"
     succeed(run_stage_cli("doc2embedding.py", *embedding_arguments, "--output_dir", folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def index_arguments(embedding_dir) -> list:
+    return ["--embedding_dir", embedding_dir, "--nlist", 4, "--m", 8, "--nbits", 6]
+
+
+@pytest.fixture(scope="session")
+def index_dir(tmp_path_factory, index_arguments) -> Path:
+    """build_index.py over these embeddings."""
+    folder = tmp_path_factory.mktemp("index") / "index"
+    succeed(call_stage("build_index.py", *index_arguments, "--output_dir", folder))
     return folder

@@ -1,0 +1,24 @@
+# MS MARCO passage ranking by the reference's recipe (nanoColBERT): BERT-base, 400k steps of 32 text triples.
+OUT=experiments/msmarco
+COLLECTION=data/msmarco/collection.tsv
+TRAIN_QUERIES=data/msmarco/queries.train.tsv
+TRIPLES=data/msmarco/triples.train.small.tsv
+DEV_QUERIES=data/msmarco/queries.dev.small.tsv
+DEV_QRELS=data/msmarco/qrels.dev.small.tsv
+BASE_MODEL=bert-base-uncased
+GPUS=$(nvidia-smi -L 2> /dev/null | wc -l)
+LAUNCH=(accelerate launch --num_machines 1 --num_processes "$((GPUS > 0 ? GPUS : 1))" --mixed_precision bf16
+        --dynamo_backend no)
+[ "$GPUS" -gt 1 ] && LAUNCH+=(--multi_gpu)
+[ "$GPUS" -eq 0 ] && LAUNCH+=(--cpu)
+TRAIN=(--max_steps 400000 --batch_size 32 --lr 3e-6 --similarity l2 --shuffle --mixed_precision bf16)
+INDEX=(--nlist 32768 --m 16 --nbits 8)
+SEARCH=(--k 1000 --nprobe 32 --faiss_depth 1024)
+
+prepare() {
+    bash scripts/download.sh data/msmarco
+}
+
+compare() {
+    python scripts/report.py ColBERT="$OUT/colbert.json"
+}

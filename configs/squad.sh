@@ -1,0 +1,21 @@
+# SQuAD 1.1 as retrieval: MiniLM, id triples, 10,570 dev questions among all 20,958 paragraphs.
+# SQUAD is a folder with collection.tsv, queries.{train,dev}.tsv, qrels.dev.tsv and qidpidtriples.train.tsv.gz.
+SQUAD=${SQUAD:-../shared/data/squad}
+OUT=experiments/squad
+COLLECTION=$SQUAD/collection.tsv
+TRAIN_QUERIES=$SQUAD/queries.train.tsv
+TRIPLES=$SQUAD/qidpidtriples.train.tsv.gz
+DEV_QUERIES=$SQUAD/queries.dev.tsv
+DEV_QRELS=$SQUAD/qrels.dev.tsv
+source configs/minilm.sh
+TRAIN+=(--max_steps 400 --save_steps 50)
+
+prepare() { :; }
+
+compare() {
+    baseline bm25
+    baseline mean_pool --model "$BASE_MODEL"
+    python scripts/report.py BM25="$OUT/bm25.json" "MiniLM, mean-pooled=$OUT/mean_pool.json" \
+        ColBERT="$OUT/colbert.json" \
+        --show_run "$OUT/colbert.run" --collection "$COLLECTION" --queries "$DEV_QUERIES" --qrels "$DEV_QRELS"
+}

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# From raw text to metrics: bash scripts/run_colbert.sh [CONFIG]. CONFIG is a file of shell variables (configs/);
+# without one: MS MARCO where scripts/download.sh has put it, else the built-in demo. A stage that is done is skipped,
+# one that was interrupted goes on; to do a stage again, remove what it wrote.
+set -euo pipefail
+source "$(dirname "$0")/setup.sh"
+default=configs/demo.sh
+[ -e data/msmarco/collection.tsv ] && default=configs/msmarco.sh
+source "${1:-$default}"
+
+stage() {  # stage FILE COMMAND...: run COMMAND, unless FILE, which it finishes with, is there
+    local file=$1
+    shift
+    if [ -e "$file" ]; then
+        echo "== done: $file"
+    else
+        echo "== $*"
+        local started=$SECONDS
+        "$@"
+        echo "== $((SECONDS - started)) s: $file"
+    fi
+}
+
+retrieve() {  # retrieve NAME ARGUMENTS...: search the dev queries into $OUT/NAME.run, measure into NAME.json
+    stage "$OUT/$1.run" python retrieve.py --queries "$DEV_QUERIES" --output "$OUT/$1.run" "${@:2}"
+    stage "$OUT/$1.json" python evaluate.py --qrels "$DEV_QRELS" --run "$OUT/$1.run" --output "$OUT/$1.json"
+}
+
+prepare
+stage "$OUT/tokens/meta.json" python tsv2mmap.py --collection "$COLLECTION" --queries "$TRAIN_QUERIES" \
+    --triples "$TRIPLES" --tokenizer "$BASE_MODEL" --output_dir "$OUT/tokens"
+stage "$OUT/model/meta.json" "${LAUNCH[@]}" train.py --tokens_dir "$OUT/tokens" --base_model "$BASE_MODEL" \
+    --output_dir "$OUT/model" --resume "${TRAIN[@]}"
+stage "$OUT/embeddings/meta.json" "${LAUNCH[@]}" doc2embedding.py --tokens_dir "$OUT/tokens" --model "$OUT/model" \
+    --output_dir "$OUT/embeddings"
+stage "$OUT/index/meta.json" python build_index.py --embedding_dir "$OUT/embeddings" --output_dir "$OUT/index" \
+    "${INDEX[@]}"
+retrieve colbert --model "$OUT/model" --index_dir "$OUT/index" "${SEARCH[@]}"
+compare

@@ -1,0 +1,179 @@
+"""retrieve: at full effort the index finds what brute force finds, and brute force is three loops."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import call_stage, launch_cli, run_stage_cli, succeed
+
+import runs
+from model import ColBERT
+from ragged import Ids, Ragged
+from retrieve import Searcher, best_candidates, top
+from tsv import read_queries
+
+FULL = ("--nprobe", 4, "--faiss_depth", 5000, "--rerank_depth", 40)  # more than there is: FAISS answers with -1
+
+
+@pytest.fixture(scope="session")
+def search_arguments(index_dir, model_dir, toy_dir) -> list:
+    return ["--cpu", "--model", model_dir, "--index_dir", index_dir, "--queries", toy_dir / "queries.tsv", "--k", 15]
+
+
+@pytest.fixture(scope="session")
+def truth(embedding_dir, model_dir, toy_dir) -> dict[str, dict[str, float]]:
+    """MaxSim of every query with every passage, by loops over the stored embeddings."""
+    model, stored = ColBERT.from_pretrained(model_dir), Ragged(embedding_dir)
+    pids = Ids(embedding_dir / "pids.npy").text(np.arange(len(stored)))
+    scores = {}
+    for qid, text in read_queries(toy_dir / "queries.tsv").items():
+        query = model.encode_queries([text])[0].numpy()
+        scores[qid] = {
+            pid: sum(max(float(q @ d) for d in stored[row].astype(np.float32)) for q in query)
+            for row, pid in enumerate(pids)
+        }
+    return scores
+
+
+def read_scores(path) -> dict[str, dict[str, float]]:
+    found = {}
+    for line in path.read_text().splitlines():
+        qid, _, pid, _, score, _ = line.split()
+        found.setdefault(qid, {})[pid] = float(score)
+    return found
+
+
+def assert_is_top(found: dict, truth: dict, k: int) -> None:
+    assert found.keys() == truth.keys()
+    for qid, ranking in found.items():
+        assert len(ranking) == min(k, len(truth[qid]))
+        for pid, score in ranking.items():
+            assert score == pytest.approx(truth[qid][pid], abs=0.05)  # queries are batched otherwise, perhaps in bf16
+        assert min(ranking.values()) >= sorted(truth[qid].values())[-len(ranking)] - 0.05
+
+
+@pytest.mark.parametrize("how", [("--exact",), FULL, (*FULL, "--batch_size", 3)])
+def test_full_effort_is_three_loops(search_arguments, truth, tmp_path, how):
+    succeed(call_stage("retrieve.py", *search_arguments, "--output", tmp_path / "run", *how))
+    assert_is_top(read_scores(tmp_path / "run"), truth, 15)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_default_effort_is_full_on_a_small_collection(search_arguments, tmp_path):
+    for name, how in (("exact", ["--exact"]), ("index", ["--nprobe", 4])):
+        succeed(call_stage("retrieve.py", *search_arguments, "--output", tmp_path / name, *how))
+    exact, found = read_scores(tmp_path / "exact"), read_scores(tmp_path / "index")
+    assert all(exact[qid].keys() == found[qid].keys() for qid in exact)
+
+
+def test_little_effort_loses_passages_and_nothing_else(search_arguments, truth, tmp_path):
+    effort = ("--nprobe", 1, "--faiss_depth", 2, "--rerank_depth", 5)
+    succeed(call_stage("retrieve.py", *search_arguments, "--output", tmp_path / "run", *effort))
+    for qid, ranking in read_scores(tmp_path / "run").items():
+        assert 1 <= len(ranking) <= 5
+        for pid, score in ranking.items():
+            assert score == pytest.approx(truth[qid][pid], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "shape", ["{q}\t{p}", "{q}\t{p}\ttext of the query\ttext", "{q}\t{p}\t{r}", "{q} Q0 {p} {r} 0 x"]
+)
+def test_candidates_are_all_that_is_scored(search_arguments, truth, tmp_path, shape):
+    wanted = {qid: [f"p{(i * 7 + j) % 40}" for j in (3, 0, 9)] for i, qid in enumerate(truth)}
+    lines = [shape.format(q=q, p=p, r=r) for q, pids in wanted.items() for r, p in enumerate(pids, 1)]
+    (tmp_path / "candidates").write_text("\n".join(lines) + "\nq-unknown\tp1\n" * (shape == "{q}\t{p}"))
+    flags = ("--candidates", tmp_path / "candidates", "--output", tmp_path / "run")
+    succeed(call_stage("retrieve.py", *search_arguments, *flags))
+    expected = {qid: {pid: truth[qid][pid] for pid in pids} for qid, pids in wanted.items()}
+    assert_is_top(read_scores(tmp_path / "run"), expected, 15)
+
+
+def test_more_asked_than_there_is_and_an_empty_query(search_arguments, tmp_path):
+    (tmp_path / "queries").write_text("empty\t\nword\tapple\n")
+    for how in ("--exact", "--no-exact"):
+        flags = ("--queries", tmp_path / "queries", "--k", 1000, "--output", tmp_path / "run", how, "--nprobe", 4)
+        succeed(call_stage("retrieve.py", *search_arguments, *flags))
+        assert {qid: len(ranking) for qid, ranking in read_scores(tmp_path / "run").items()} == {
+            "empty": 40,
+            "word": 40,
+        }
+
+
+def test_msmarco_format(search_arguments, tmp_path):
+    succeed(call_stage("retrieve.py", *search_arguments, "--format", "msmarco", "--output", tmp_path / "run"))
+    assert tmp_path.joinpath("run").read_text().splitlines()[0].split("\t")[2] == "1"
+    assert all(len(ranking) == 15 for ranking in runs.read_run(tmp_path / "run").values())
+
+
+def test_two_processes_rank_alike(search_arguments, tmp_path):
+    assert search_arguments[0] == "--cpu"
+    succeed(run_stage_cli("retrieve.py", *search_arguments, "--output", tmp_path / "one", *FULL))
+    done = succeed(launch_cli(2, "retrieve.py", *search_arguments[1:], "--output", tmp_path / "two", *FULL))
+    one, two = (read_scores(tmp_path / name) for name in ("one", "two"))
+    assert_is_top(two, one, 15)
+    assert json.loads(done.stdout.splitlines()[-1])["queries"] == len(one)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_embeddings_without_an_index(search_arguments, embedding_dir, tmp_path):
+    flags = ("--index_dir", embedding_dir, "--output", tmp_path / "run")
+    succeed(call_stage("retrieve.py", *search_arguments, *flags, "--exact"))
+    (tmp_path / "run").unlink()
+    done = call_stage("retrieve.py", *search_arguments, *flags)
+    assert done.returncode == 2 and "run build_index.py, or use --exact" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_refusals(search_arguments, model_dir, tmp_path):
+    shutil.copytree(model_dir, tmp_path / "other")
+    model = ColBERT.from_pretrained(model_dir)
+    torch.nn.init.normal_(model.linear.weight)
+    model.save_pretrained(tmp_path / "other")
+    (tmp_path / "candidates").write_text("q0\tp1\nq0\tp999\n")
+    for flags, message in (
+        (("--model", tmp_path / "other"), "made from another model"),
+        (("--index_dir", tmp_path), "not a finished index folder"),
+        (("--candidates", tmp_path / "candidates"), "candidates:2: pid 'p999' is not in the collection"),
+        (("--queries", tmp_path / "none.tsv"), "none.tsv: no such file"),
+    ):
+        done = call_stage("retrieve.py", *search_arguments, "--output", tmp_path / "run", *flags)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists() and not (tmp_path / "run.partial").exists()
+
+
+def test_best_candidates_against_loops():
+    rng = np.random.default_rng(0)
+    rows = rng.integers(-1, 30, (8, 40))
+    similarities = -np.sort(-rng.random((8, 40)).astype(np.float32), axis=1)
+    rows[:, 35:] = -1  # FAISS pads at the end
+    promise = {}
+    for row in set(rows[rows >= 0].tolist()):
+        promise[row] = 0.0
+        for token in range(8):
+            found = [s for r, s in zip(rows[token], similarities[token], strict=True) if r == row]
+            promise[row] += (
+                max(found) if found else min(s for r, s in zip(rows[token], similarities[token], strict=True) if r >= 0)
+            )
+    for n in (1, 5, 12):
+        expected = sorted(promise, key=promise.get, reverse=True)[:n]
+        assert sorted(best_candidates(rows, similarities, n).tolist()) == sorted(expected)
+    assert sorted(best_candidates(rows, similarities, 99).tolist()) == sorted(promise)
+    assert len(best_candidates(np.full((8, 4), -1), np.zeros((8, 4), np.float32), 3)) == 0
+
+
+def test_top_keeps_the_order_of_the_collection_for_ties():
+    rows, scores = top(np.array([4, 2, 9, 1]), np.array([1.0, 2.0, 2.0, 0.5], np.float32), 3)
+    assert rows.tolist() == [2, 9, 4] and scores.tolist() == [2.0, 2.0, 1.0]
+
+
+def test_searcher_scores_without_a_model(index_dir):
+    searcher = Searcher(index_dir)
+    queries = torch.nn.functional.normalize(torch.randn(3, 32, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    everything = [np.arange(40)] * 3
+    for (rows, scores), (exact_rows, exact_scores) in zip(
+        searcher.rerank(queries, everything, 10), searcher.exact(queries, 10), strict=True
+    ):
+        assert rows.tolist() == exact_rows.tolist() and np.allclose(scores, exact_scores, atol=1e-4)
