@@ -174,7 +174,8 @@ def best_candidates(rows: np.ndarray, similarities: np.ndarray, n: int) -> np.nd
     unique, column = np.unique(rows[found], return_inverse=True)
     if len(unique) <= n:
         return unique
-    last = np.where(found, similarities, np.inf).min(1, initial=0.0)  # (Lq,)
+    last = np.where(found, similarities, np.inf).min(1)  # (Lq,)
+    last[~found.any(1)] = 0.0  # the same for every passage
     best = np.repeat(last[:, None], len(unique), axis=1)  # (Lq, candidates)
     token = np.nonzero(found)[0]
     best[token[::-1], column[::-1]] = similarities[found][::-1]  # from the farthest: the nearest is written last
