@@ -177,8 +177,7 @@ def best_candidates(rows: np.ndarray, similarities: np.ndarray, n: int) -> np.nd
     last = np.where(found, similarities, np.inf).min(1)  # (Lq,)
     last[~found.any(1)] = 0.0  # the same for every passage
     best = np.repeat(last[:, None], len(unique), axis=1)  # (Lq, candidates)
-    token = np.nonzero(found)[0]
-    best[token[::-1], column[::-1]] = similarities[found][::-1]  # from the farthest: the nearest is written last
+    np.maximum.at(best, (np.nonzero(found)[0], column), similarities[found])
     return unique[np.argpartition(-best.sum(0), n - 1)[:n]]
 
 
