@@ -159,11 +159,13 @@ def test_killed_and_resumed(train_arguments, tmp_path):
     command = [sys.executable, "train.py", *map(str, flags), "--output_dir", str(tmp_path / "a")]
     checkpoints = tmp_path / "a/checkpoints"
     with open(tmp_path / "out.txt", "w") as out:
-        process = subprocess.Popen([*command, "--max_steps", "1000000"], cwd=ROOT, stdout=out, stderr=out)
+        process = subprocess.Popen([*command, "--max_steps", "20000"], cwd=ROOT, stdout=out, stderr=out)
         deadline = time.time() + 300
-        while not list_checkpoints(checkpoints) and process.poll() is None and time.time() < deadline:
-            time.sleep(0.01)
-        process.kill()
+        try:
+            while not list_checkpoints(checkpoints) and process.poll() is None and time.time() < deadline:
+                time.sleep(0.01)
+        finally:
+            process.kill()
         assert process.wait() == -signal.SIGKILL, (tmp_path / "out.txt").read_text()
     assert not (tmp_path / "a/meta.json").exists()
     last = int(list_checkpoints(checkpoints)[-1].name.removeprefix("step-"))
