@@ -81,7 +81,7 @@ def make_meta(kind: str, fingerprint: str, started: float, args, **facts) -> dic
         "kind": kind,
         "fingerprint": fingerprint,
         **facts,
-        "args": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "args": plain_args(args),
         "versions": {
             "python": platform.python_version(),
             "numpy": np.__version__,
@@ -91,6 +91,11 @@ def make_meta(kind: str, fingerprint: str, started: float, args, **facts) -> dic
         "seconds": round(time.time() - started, 2),
         "peak_memory_mb": peak_memory_mb(),
     }
+
+
+def plain_args(args) -> dict:
+    """Arguments as JSON can hold them."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
 
 
 def write_meta(folder, *args, **facts) -> dict:

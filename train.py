@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import runs
-from artifact import InputError, check_file, make_meta, publish, read_meta, run_stage, write_json
+from artifact import InputError, check_file, make_meta, plain_args, publish, read_meta, run_stage, write_json
 from model import FRAME, ColBERT, length_batches, maxsim, maxsim_packed, maxsim_pairs, tokenize
 from ragged import Ids, Ragged, ranges
 from tsv import read_queries
@@ -143,7 +143,9 @@ class DevSet:
         return runs.measure(self.qrels, run, ["MRR@10"])["MRR@10"]
 
 
-def save_checkpoint(accelerator: Accelerator, model: ColBERT, folder: Path, step: int, keep: int) -> None:
+def save_checkpoint(
+    accelerator: Accelerator, model: ColBERT, settings: dict, folder: Path, step: int, keep: int
+) -> None:
     """Publish checkpoints/step-N: all that a resume needs, and a model folder in itself; drop the oldest."""
     final, partial = folder / f"step-{step:07d}", folder / f"step-{step:07d}.partial"
     if accelerator.is_main_process:
@@ -154,6 +156,7 @@ def save_checkpoint(accelerator: Accelerator, model: ColBERT, folder: Path, step
     if accelerator.is_main_process:
         model.config.save_pretrained(partial)
         model.tokenizer.save_pretrained(partial)
+        write_json(partial / "run.json", settings)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in list_checkpoints(folder)[:-keep]:
@@ -274,6 +277,127 @@ def load_model(args, tokens_meta: dict) -> ColBERT:
     return model
 
 
+def make_optimizer(model: ColBERT, args):
+    """AdamW and its schedule: linear warm-up, then constant (v1) or linear decay to 0 at --max_steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-8, weight_decay=args.weight_decay, fused=True)
+
+    def factor(step: int) -> float:
+        rising = (step + 1) / (args.warmup_steps + 1)
+        falling = (args.max_steps - step) / max(1, args.max_steps - args.warmup_steps)
+        return min(rising, 1.0 if args.schedule == "constant" else max(0.0, falling))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class Log:
+    """log.jsonl, the progress bar and wandb: the loss of every step, transferred and averaged once for many steps."""
+
+    def __init__(self, accelerator: Accelerator, args, step: int):
+        self.accelerator, self.args, self.path = accelerator, args, args.output_dir / "log.jsonl"
+        self.losses, self.step, self.clock = [], step, time.time()
+        lines = [line for line in read_log(self.path) if line["step"] <= step]  # later ones will be written again
+        self.best_mrr = max((line["dev_mrr@10"] for line in lines if "dev_mrr@10" in line), default=0.0)
+        if accelerator.is_main_process:
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            self.file = self.path.open("a", buffering=1)
+        if args.wandb_mode != "disabled":
+            os.environ["WANDB_MODE"] = wandb_mode(args.wandb_mode)
+            os.environ.setdefault("WANDB_SILENT", "true")
+            accelerator.init_trackers(args.wandb_project, plain_args(args), {"wandb": {"dir": str(args.output_dir)}})
+        quiet = None if accelerator.is_main_process else True  # None: only where there is no terminal
+        self.bar = tqdm(total=args.max_steps, initial=step, disable=quiet, desc="train")
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Take the loss of the next step, which stays on its device for now."""
+        self.losses.append(loss)
+        self.bar.update()
+
+    def flush(self, lr: float) -> None:
+        """Write the losses taken since the last time. Raises InputError if one is not finite."""
+        if not self.losses:
+            return
+        losses = self.accelerator.reduce(torch.stack(self.losses), "mean").tolist()
+        rate = len(losses) * self.args.batch_size / (time.time() - self.clock)
+        for loss in losses:
+            self.step += 1
+            self.write(step=self.step, loss=loss)
+        self.bar.set_postfix(loss=f"{np.mean(losses):.4f}", examples_per_s=f"{rate:.1f}")
+        self.accelerator.log({"loss": float(np.mean(losses)), "lr": lr, "examples/s": rate}, step=self.step)
+        if not np.isfinite(losses).all():
+            raise InputError(f"the loss is not finite by step {self.step}: lower --lr, or use --mixed_precision bf16")
+        self.losses, self.clock = [], time.time()
+
+    def write(self, **line) -> None:
+        if self.accelerator.is_main_process:
+            self.file.write(json.dumps(line) + "\n")
+
+    def add_mrr(self, mrr: float) -> bool:
+        """Write MRR@10 on the dev set; returns whether it is the best so far."""
+        self.write(step=self.step, **{"dev_mrr@10": mrr})
+        self.accelerator.log({"dev_mrr@10": mrr}, step=self.step)
+        is_best, self.best_mrr = mrr > self.best_mrr, max(mrr, self.best_mrr)
+        return is_best
+
+
+def train_step(accelerator: Accelerator, wrapped, optimizer, batches: list[dict], args) -> torch.Tensor:
+    """One optimiser step over the micro-batches of a step; returns their mean loss, on its device."""
+    scale = {"l2": 2.0, "cosine": 1.0}[args.similarity]
+    total = torch.zeros((), device=accelerator.device)
+    for batch in batches:
+        batch = to_device(batch, accelerator.device)
+        with accelerator.accumulate(wrapped):
+            Q, P, kept = wrapped(batch["queries"], batch["passages"], batch["order"])
+            loss = triples_loss(Q, P, kept, batch["passage_rows"], scale, args.in_batch_negatives)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and args.max_grad_norm > 0:
+                accelerator.clip_grad_norm_(wrapped.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        total += loss.detach() / len(batches)
+    return total
+
+
+def keep_if_best(model: ColBERT, dev_set: DevSet, log: Log, output_dir: Path) -> None:
+    """Measure the model on the dev set, and publish it as output_dir/best if it is."""
+    model.eval()
+    mrr = dev_set.mrr(model)
+    model.train()
+    tqdm.write(f"step {log.step}: MRR@10 on dev candidates {mrr:.4f}")
+    if log.add_mrr(mrr):
+        with publish(output_dir / "best") as partial:
+            model.save_pretrained(partial)
+            write_json(partial / "meta.json", {"kind": "model", "step": log.step, "dev_mrr@10": mrr})
+
+
+def resume(accelerator: Accelerator, args, tokens_meta: dict) -> int:
+    """Load the last checkpoint, if there is one; returns its step. Raises InputError if it is of another run."""
+    checkpoints = list_checkpoints(args.output_dir / "checkpoints")
+    if not checkpoints:
+        return 0
+    saved, asked = json.loads((checkpoints[-1] / "run.json").read_text()), run_settings(args, tokens_meta)
+    for key in asked:
+        if saved.get(key) != asked[key]:
+            raise InputError(
+                f"{checkpoints[-1]}: trained with {key} {saved.get(key)}, now {asked[key]}: give the same arguments to "
+                "go on, or another --output_dir"
+            )
+    accelerator.load_state(checkpoints[-1])
+    step = int(checkpoints[-1].name.removeprefix("step-"))
+    accelerator.print(f"going on after step {step}")
+    return step
+
+
+def run_settings(args, tokens_meta: dict) -> dict:
+    """What must not change between a run and its resumption: all but where and how often things are written."""
+    free = ("output_dir", "tokens_dir", "cpu", "resume", "save_steps", "keep_checkpoints", "log_steps", "eval_steps")
+    settings = {key: value for key, value in plain_args(args).items() if key not in free}
+    settings = {key: value for key, value in settings.items() if not key.startswith(("wandb", "dev"))}
+    if args.schedule == "constant":  # then a run may be made longer
+        del settings["max_steps"]
+    return {**settings, "tokens": tokens_meta["fingerprint"]}
+
+
 def main(args):
     started = time.time()
     accelerator = Accelerator(
@@ -290,127 +414,58 @@ def main(args):
     model = load_model(args, tokens_meta)
     model.train()
     dev_set = DevSet(args, tokens_meta, model.tokenizer) if args.dev_queries else None
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-8, weight_decay=args.weight_decay, fused=True)
-    warmup, total = args.warmup_steps, args.max_steps
-    decay = {"constant": lambda step: 1.0, "linear": lambda step: max(0.0, (total - step) / max(1, total - warmup))}
-    schedule = lambda step: min((step + 1) / (warmup + 1), decay[args.schedule](step))  # noqa: E731
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    wrapped, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-
+    wrapped, optimizer, scheduler = accelerator.prepare(model, *make_optimizer(model, args))
+    step = resume(accelerator, args, tokens_meta) if args.resume else 0
+    log = Log(accelerator, args, step)
     data = Triples(args.tokens_dir, args.batch_size, args.seed if args.shuffle else None)
-    checkpoints, log_path = args.output_dir / "checkpoints", args.output_dir / "log.jsonl"
-    step, best = 0, 0.0
-    resumable = list_checkpoints(checkpoints)
-    if args.resume and resumable:
-        accelerator.load_state(resumable[-1])
-        step = int(resumable[-1].name.removeprefix("step-"))
-        accelerator.print(f"resuming after step {step}")
-    log = None
-    if accelerator.is_main_process:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        lines = [line for line in read_log(log_path) if line["step"] <= step]
-        log_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        best = max((line["dev_mrr@10"] for line in lines if "dev_mrr@10" in line), default=0.0)
-        log = log_path.open("a", buffering=1)
-    if args.wandb_mode != "disabled":
-        os.environ["WANDB_MODE"] = wandb_mode(args.wandb_mode)
-        os.environ.setdefault("WANDB_SILENT", "true")
-        config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        accelerator.init_trackers(args.wandb_project, config, {"wandb": {"dir": str(args.output_dir)}})
+    tokens_per_batch = TRAIN_TOKENS_PER_BATCH.get(accelerator.device.type, 1 << 14)
 
     def micro_batches(step: int) -> list[dict]:
         rows = data.rows(step)
-        mine = rows.reshape(args.gradient_accumulation_steps, accelerator.num_processes, micro_size, rows.shape[1])
-        budget = TRAIN_TOKENS_PER_BATCH.get(accelerator.device.type, 1 << 14)
-        return [collate(data, part, model, budget) for part in mine[:, accelerator.process_index]]
+        shares = rows.reshape(args.gradient_accumulation_steps, accelerator.num_processes, micro_size, rows.shape[1])
+        return [collate(data, part, model, tokens_per_batch) for part in shares[:, accelerator.process_index]]
 
-    losses, last_logged, clock = [], step, time.time()
-
-    def flush() -> None:
-        """Write the losses since the last time: one transfer and one gather for many steps."""
-        nonlocal losses, last_logged, clock
-        if not losses:
-            return
-        mean = accelerator.reduce(torch.stack(losses), "mean").tolist()
-        rate = len(mean) * args.batch_size / (time.time() - clock)
-        if accelerator.is_main_process:
-            for i, loss in enumerate(mean, last_logged + 1):
-                log.write(json.dumps({"step": i, "loss": loss}) + "\n")
-            bar.set_postfix(loss=f"{np.mean(mean):.4f}", examples_per_s=f"{rate:.1f}")
-        accelerator.log({"loss": float(np.mean(mean)), "lr": scheduler.get_last_lr()[0], "examples/s": rate}, step=step)
-        if not np.isfinite(mean).all():
-            raise InputError(f"loss is {mean} by step {step}: lower --lr, or try --mixed_precision bf16")
-        losses, last_logged, clock = [], step, time.time()
-
-    bar = tqdm(total=args.max_steps, initial=step, disable=None if accelerator.is_main_process else True, desc="train")
-    scale = {"l2": 2.0, "cosine": 1.0}[args.similarity]
-    train_seconds = time.time()
+    clock = time.time()
     # the backward pass of the CPU's flash attention takes longer than that of plain matrix products
     plain = sdpa_kernel(SDPBackend.MATH) if accelerator.device.type == "cpu" else contextlib.nullcontext()
     with ThreadPoolExecutor(1) as loader, plain:  # builds the next batch while this one computes
         upcoming = loader.submit(micro_batches, step)
         while step < args.max_steps:
-            batches = upcoming.result()
-            if step + 1 < args.max_steps:
-                upcoming = loader.submit(micro_batches, step + 1)
-            step_loss = torch.zeros((), device=accelerator.device)
-            for batch in batches:
-                batch = to_device(batch, accelerator.device)
-                with accelerator.accumulate(wrapped):
-                    Q, P, kept = wrapped(batch["queries"], batch["passages"], batch["order"])
-                    loss = triples_loss(Q, P, kept, batch["passage_rows"], scale, args.in_batch_negatives)
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients and args.max_grad_norm > 0:
-                        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                step_loss += loss.detach() / len(batches)
+            batches, upcoming = upcoming.result(), loader.submit(micro_batches, step + 1)
+            log.add(train_step(accelerator, wrapped, optimizer, batches, args))
             scheduler.step()
             step += 1
-            losses.append(step_loss)
-            bar.update()
-            if step % args.log_steps == 0 or step == args.max_steps:
-                flush()
-            if dev_set and (step % args.eval_steps == 0 or step == args.max_steps):
-                flush()
-                if accelerator.is_main_process:
-                    model.eval()
-                    mrr = dev_set.mrr(model)
-                    model.train()
-                    log.write(json.dumps({"step": step, "dev_mrr@10": mrr}) + "\n")
-                    tqdm.write(f"step {step}: MRR@10 on dev candidates {mrr:.4f}")
-                    if mrr > best:
-                        best = mrr
-                        with publish(args.output_dir / "best") as partial:
-                            model.save_pretrained(partial)
-                            write_json(partial / "meta.json", {"kind": "model", "step": step, "dev_mrr@10": mrr})
-                    accelerator.log({"dev_mrr@10": mrr}, step=step)
+            is_last = step == args.max_steps
+            measure = dev_set is not None and (step % args.eval_steps == 0 or is_last)
+            save = step % args.save_steps == 0 and not is_last
+            if step % args.log_steps == 0 or measure or save or is_last:
+                log.flush(scheduler.get_last_lr()[0])
+            if measure and accelerator.is_main_process:
+                keep_if_best(model, dev_set, log, args.output_dir)
+            if save:
+                settings = run_settings(args, tokens_meta)
+                save_checkpoint(
+                    accelerator, model, settings, args.output_dir / "checkpoints", step, args.keep_checkpoints
+                )
+            if measure:
                 accelerator.wait_for_everyone()
-                clock = time.time()
-            if step % args.save_steps == 0 and step < args.max_steps:
-                flush()
-                save_checkpoint(accelerator, model, checkpoints, step, args.keep_checkpoints)
-                clock = time.time()
-    bar.close()
-    train_seconds = time.time() - train_seconds
+    train_seconds = time.time() - clock
+    log.bar.close()
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        log.close()
-        if step:
-            plot_loss(log_path, args.output_dir / "loss.png")
-        last_losses = [line["loss"] for line in read_log(log_path) if "loss" in line][-100:]
+        losses = [line["loss"] for line in read_log(log.path) if "loss" in line][-100:]
         facts = {
             "base_model": args.base_model,
             "tokens_fingerprint": tokens_meta["fingerprint"],
-            "tokenizer_fingerprint": tokens_meta["tokenizer_fingerprint"],
             "steps": step,
             "processes": accelerator.num_processes,
             "train_seconds": round(train_seconds, 2),
-            "loss_of_last_100_steps": round(float(np.mean(last_losses)), 4) if last_losses else None,
-            "best_dev_mrr@10": best if dev_set else None,
+            "loss_of_last_100_steps": round(float(np.mean(losses)), 4) if losses else None,
+            "best_dev_mrr@10": log.best_mrr if dev_set else None,
         }
+        if losses:
+            plot_loss(log.path, args.output_dir / "loss.png")
         meta = make_meta("model", tokens_meta["fingerprint"], started, args, **facts)
         save_model(model, args.output_dir, meta)
     accelerator.end_training()

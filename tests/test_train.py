@@ -174,6 +174,7 @@ def test_killed_and_resumed(train_arguments, tmp_path):
 
     steps = ("--max_steps", last + 6)
     assert "go on with --resume" in refused(flags, tmp_path / "a", *steps)
+    assert "trained with lr 0.002, now 0.5" in refused(flags, tmp_path / "a", *steps, "--resume", "--lr", 0.5)
     resumed = train(flags, tmp_path / "a", *steps, "--resume")
     uninterrupted = train(flags, tmp_path / "b", *steps)
     assert len(resumed) == last + 6 and resumed == pytest.approx(uninterrupted, rel=1e-4)
