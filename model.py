@@ -67,6 +67,9 @@ class ColBERTConfig(PreTrainedConfig):
         self.skiplist = list(skiplist)
 
 
+AutoConfig.register("colbert", ColBERTConfig)  # so that a tokenizer loads from a ColBERT folder without a warning
+
+
 # ---------------------------------------------------------------------------------------------------- text to tokens
 
 

@@ -211,8 +211,8 @@ def search_all(searcher: Searcher, queries: dict[str, str], args) -> Iterator[tu
 
 
 def default_rerank_depth(k: int) -> int:
-    """Twice as many passages as are asked for, and enough of them to find the best ten."""
-    return max(1000, 2 * k)
+    """As many passages as are asked for, and enough of them to find the best ten."""
+    return max(1000, k)
 
 
 def main(args):
@@ -279,7 +279,7 @@ def parse_args():
     how.add_argument("--exact", action=switch, default=False, help="score every passage")
     parser.add_argument("--nprobe", type=int, default=32, help="lists looked into for each query token (default 32)")
     parser.add_argument("--faiss_depth", type=int, default=1024, help="embeddings found for each (default 1024)")
-    parser.add_argument("--rerank_depth", type=int, help="passages scored exactly (default: 2 k, at least 1000)")
+    parser.add_argument("--rerank_depth", type=int, help="passages scored exactly (default: k, at least 1000)")
     parser.add_argument("--batch_size", type=int, default=32, help="queries at a time (default 32)")
     parser.add_argument("--cpu", action=switch, default=False, help="use the CPU even where there is a GPU")
     parser.add_argument("--gpu_index", action=switch, default=False, help="put the FAISS index on the GPUs too")
