@@ -36,7 +36,7 @@ from tsv import read_queries
 
 RERANK_TOKENS = {"cpu": 4096, "cuda": 1 << 20}  # embeddings of candidates scored at a time
 EXACT_TOKENS = 4096  # embeddings scored at a time by exact search
-EXACT_QUERIES = 128  # against so many queries
+EXACT_QUERIES = 16  # against so many queries: their similarities, 8 MB, stay in the cache
 EXACT_PASSAGES = 2048  # passages whose scores are kept before they are merged into the best
 
 Ranking = tuple[np.ndarray, np.ndarray]  # rows of passages and their scores, the best first
