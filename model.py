@@ -10,6 +10,7 @@ Everything that frames, encodes or scores text is here, once: training, embeddin
 """
 
 import json
+import os
 import string
 from pathlib import Path
 
@@ -19,11 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+import attention
 from artifact import InputError, fingerprint
+from attention import Packed, encode_packed, pack, packable
 from ragged import ranges
+
+# On CPUs PyTorch keeps the compiled products of the last 1,024 shapes: gigabytes, where every batch has its own.
+os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 MARKERS = {"query": "[Q]", "passage": "[D]"}  # tokens of their own, after [CLS] (paper, section 3.2)
 FRAME = 3  # [CLS], the marker and [SEP] around the word pieces
+MAXSIM_BYTES = {"cpu": 1 << 23, "cuda": 1 << 29}  # similarities held at a time in training
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 131072}  # passages are batched by tokens; a small batch stays in the cache
 
 
@@ -122,10 +130,42 @@ def maxsim(queries: Tensor, passages: Tensor, mask: Tensor) -> Tensor:
     """Score every query against every passage: sum over query tokens of the best passage token (paper, eq. 3).
 
     queries (B, Lq, D), passages (N, Ld, D), mask (N, Ld) true at real tokens; returns (B, N). Tokens that are
-    not real never win, however small the similarities.
+    not real never win, however small the similarities. Takes MAXSIM_BYTES of memory besides, whatever the sizes.
     """
-    similarity = torch.einsum("bqd,nld->bnql", queries, passages)  # (B, N, Lq, Ld)
-    return similarity.masked_fill(~mask[None, :, None, :], -torch.inf).amax(-1).sum(-1)
+    return _MaxSim.apply(queries, passages, mask)
+
+
+class _MaxSim(torch.autograd.Function):
+    """Similarities a few queries at a time; what is kept of them is where each maximum was."""
+
+    @staticmethod
+    def forward(ctx, queries, passages, mask):
+        scores, winners = [], []
+        for part in _maxsim_parts(queries, passages):
+            similarity = torch.einsum("bqd,nld->bnql", part, passages)  # (b, N, Lq, Ld)
+            best, winner = similarity.masked_fill_(~mask[None, :, None, :], -torch.inf).max(-1)  # (b, N, Lq)
+            scores.append(best.sum(-1))
+            winners.append(winner.to(torch.int16))
+        ctx.save_for_backward(queries, passages, torch.cat(winners))
+        return torch.cat(scores)
+
+    @staticmethod
+    def backward(ctx, grad):  # (B, N)
+        queries, passages, winners = ctx.saved_tensors
+        grad_queries, grad_passages, first = [], torch.zeros_like(passages), 0
+        for part in _maxsim_parts(queries, passages):
+            here = slice(first, first := first + len(part))
+            winner = winners[here].long()[..., None]  # (b, N, Lq, 1)
+            chosen = torch.zeros((*winner.shape[:3], passages.shape[1]), dtype=grad.dtype, device=grad.device)
+            chosen.scatter_(3, winner, grad[here, :, None, None].expand_as(winner))  # (b, N, Lq, Ld)
+            grad_queries.append(torch.einsum("bnql,nld->bqd", chosen, passages))
+            grad_passages += torch.einsum("bnql,bqd->nld", chosen, part)
+        return torch.cat(grad_queries), grad_passages, None
+
+
+def _maxsim_parts(queries: Tensor, passages: Tensor):
+    row = 4 * queries.shape[1] * passages.shape[0] * passages.shape[1]  # bytes of one query's similarities
+    return queries.split(max(1, MAXSIM_BYTES.get(queries.device.type, 1 << 24) // max(1, row)))
 
 
 def maxsim_pairs(queries: Tensor, passages: Tensor, mask: Tensor) -> Tensor:
@@ -168,7 +208,7 @@ class ColBERT(PreTrainedModel):
     def __init__(self, config: ColBERTConfig, tokenizer=None):
         super().__init__(config)
         encoder_config = AutoConfig.for_model(**config.encoder)
-        self.encoder = AutoModel.from_config(encoder_config)
+        self.encoder = AutoModel.from_config(encoder_config, attn_implementation=attention.NAME)
         drop_pooler(self.encoder)
         self.linear = nn.Linear(encoder_config.hidden_size, config.dim, bias=False)
         self.tokenizer = tokenizer
@@ -181,17 +221,21 @@ class ColBERT(PreTrainedModel):
             nn.init.orthogonal_(module.weight)
 
     @classmethod
-    def from_base(cls, base_model: str, dropout: float | None = None, **settings) -> "ColBERT":
+    def from_base(
+        cls, base_model: str, dropout: float | None = None, attention_dropout: float | None = 0.0, **settings
+    ) -> "ColBERT":
         """A new ColBERT on a Hugging Face encoder: adds [Q] and [D] (they begin as the mean embedding) and `linear`.
 
-        dropout: replaces every dropout rate of the encoder. settings: fields of ColBERTConfig.
+        dropout, attention_dropout: replace the encoder's rates, unless None. settings: fields of ColBERTConfig.
         Raises InputError where the encoder or its tokenizer cannot be loaded.
         """
         tokenizer = load_tokenizer(base_model)
         try:
             encoder_config = AutoConfig.from_pretrained(base_model)
-            set_dropout(encoder_config, dropout)
-            encoder = AutoModel.from_pretrained(base_model, config=encoder_config, dtype=torch.float32)
+            set_dropout(encoder_config, dropout, attention_dropout)
+            encoder = AutoModel.from_pretrained(
+                base_model, config=encoder_config, dtype=torch.float32, attn_implementation=attention.NAME
+            )
         except (OSError, ValueError) as error:
             raise InputError(f"{base_model}: no encoder could be loaded: {str(error).splitlines()[0]}") from None
         tokenizer.add_special_tokens({"additional_special_tokens": list(MARKERS.values())})
@@ -253,9 +297,13 @@ class ColBERT(PreTrainedModel):
         width = min(config.doc_maxlen, int(lengths.max()) + FRAME)
         return frame(values, lengths, config, config.passage_marker_id, config.pad_token_id, width)
 
-    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Unit token embeddings (B, L, D), fp32, of framed tokens (B, L)."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, L, H)
+    def embed(self, texts: tuple[Tensor, Tensor] | Packed) -> Tensor:
+        """Unit token embeddings, fp32: (B, L, D) of framed texts, or (T, D) of packed ones."""
+        if isinstance(texts, Packed):
+            hidden = encode_packed(self.encoder, texts)  # (T, H)
+        else:
+            input_ids, attention_mask = texts
+            hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, L, H)
         return F.normalize(self.linear(hidden).float(), dim=-1)
 
     def kept(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -307,49 +355,46 @@ class ColBERT(PreTrainedModel):
                     f"run tsv2mmap.py with --{setting} {wanted}"
                 )
 
-    def forward(
-        self, queries: tuple[Tensor, Tensor], passages: list[tuple[Tensor, Tensor]], order: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Embed a training batch: queries as framed; passages as framed batches of similar length.
+    def forward(self, batches: list, n_queries: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed a training batch: queries first, then passages, as framed batches or packed.
 
-        order (N,): where each passage of the batches, taken one after the other, belongs.
-        Returns query embeddings (B, Lq, D), passage embeddings (N, Ld, D) and the mask of kept tokens (N, Ld).
+        slots (N, Ld): which of all the embedded positions, batch after batch, are the kept tokens of each passage.
+        Returns query embeddings (B, Lq, D) and passage embeddings (N, Ld, D).
         """
-        width = max(input_ids.shape[1] for input_ids, _ in passages)
-        embeddings = torch.cat([pad(self.embed(*batch), width) for batch in passages])  # (N, Ld, D)
-        kept = torch.cat([pad(self.kept(*batch), width) for batch in passages])  # (N, Ld)
-        back = torch.argsort(order)
-        return self.embed(*queries), embeddings[back], kept[back]
+        embeddings = torch.cat([self.embed(batch).view(-1, self.config.dim) for batch in batches])  # (T, D)
+        queries = embeddings[: n_queries * self.config.query_maxlen].view(n_queries, -1, self.config.dim)
+        return queries, embeddings.index_select(0, slots.view(-1)).view(*slots.shape, -1)
 
     @torch.inference_mode()
     def embed_passages(self, values: np.ndarray, lengths: np.ndarray, tokens_per_batch: int | None = None):
-        """Embed passages given as word pieces, in batches of similar length.
+        """Embed passages given as word pieces: in batches of similar length, or packed, in the order they come.
 
         values (T,), lengths (N,). Returns embeddings (T', D) fp16 of the kept tokens in the order given, their
         number for each passage (N,) int64, and the share of positions that were padding.
         """
         budget = tokens_per_batch or TOKENS_PER_BATCH.get(self.device.type, 32768)
-        starts = np.cumsum(lengths) - lengths
-        batches, results, positions = length_batches(lengths + FRAME, budget), [], 0
-        for rows in batches:
-            ids, mask = (
-                part.to(self.device, non_blocking=True)
-                for part in self.frame_passages(values[ranges(starts[rows], lengths[rows])], lengths[rows])
-            )
-            positions += ids.numel()
+        packed = packable(self.encoder, self.device, fast_dtype(self.device))
+        starts, counts, positions = np.cumsum(lengths) - lengths, self.kept_counts(values, lengths), 0
+        first, on_gpu = np.cumsum(counts) - counts, self.device.type == "cuda"
+        embeddings = torch.empty((int(counts.sum()), self.config.dim), dtype=torch.float16, pin_memory=on_gpu)
+        for rows in (token_batches if packed else length_batches)(lengths + FRAME, budget):
+            texts = ids, mask = self.frame_passages(values[ranges(starts[rows], lengths[rows])], lengths[rows])
+            kept = self.kept(ids, mask)  # (B, Ld)
+            if packed:
+                texts, kept = pack((ids, mask, mask)), kept[mask.bool()]  # (T,)
+            positions += kept.numel()
             with self.autocast():
-                embeddings = self.embed(ids, mask)  # (B, Ld, D)
-            kept = self.kept(ids, mask)
-            results.append((embeddings[kept].half().cpu(), kept.sum(1).cpu()))
-        order = np.concatenate(batches) if batches else np.zeros(0, np.int64)
-        counts = np.empty(len(lengths), np.int64)
-        counts[order] = np.concatenate([count.numpy() for _, count in results]) if results else 0
-        embeddings = np.empty((counts.sum(), self.config.dim), np.float16)
-        first = np.cumsum(counts) - counts
-        for rows, (part, _) in zip(batches, results, strict=True):
-            embeddings[ranges(first[rows], counts[rows])] = part.numpy()
+                output = self.embed(to_device(texts, self.device)).view(-1, self.config.dim)
+            here = kept.view(-1).nonzero()[:, 0]
+            output = output.index_select(0, to_device(here, self.device)).half()
+            if packed:  # in their order: copied while the host goes on
+                embeddings[first[rows[0]] :][: len(output)].copy_(output, non_blocking=True)
+            else:
+                embeddings[torch.from_numpy(ranges(first[rows], counts[rows]))] = output.cpu()
+        if on_gpu:
+            torch.cuda.current_stream().synchronize()
         real = np.minimum(lengths + FRAME, self.config.doc_maxlen).sum()
-        return embeddings, counts, 1 - real / max(1, positions)
+        return embeddings.numpy(), counts, 1 - real / max(1, positions)
 
     def autocast(self):
         """Compute in the device's fast 16-bit type where it has one."""
@@ -365,7 +410,7 @@ class ColBERT(PreTrainedModel):
         for start in range(0, len(texts), batch_size):
             pieces = tokenize(self.tokenizer, texts[start : start + batch_size], self.config.query_maxlen)
             with self.autocast():
-                parts.append(self.embed(*(part.to(self.device) for part in self.frame_queries(*pieces))))
+                parts.append(self.embed(to_device(self.frame_queries(*pieces), self.device)))
         return torch.cat(parts) if parts else torch.zeros(0, self.config.query_maxlen, self.config.dim)
 
     def encode_passages(self, texts: list[str]) -> list[Tensor]:
@@ -407,9 +452,24 @@ def length_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarra
     return batches
 
 
-def pad(tensor: Tensor, width: int) -> Tensor:
-    """Fill (B, L, ...) with zeros to (B, width, ...)."""
-    return F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, width - tensor.shape[1]))
+def token_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
+    """Rows in their order, grouped into batches of about `tokens_per_batch` tokens."""
+    ends = np.cumsum(lengths)
+    cuts = np.searchsorted(ends, np.arange(tokens_per_batch, ends[-1] if len(ends) else 0, tokens_per_batch))
+    return [rows for rows in np.split(np.arange(len(lengths)), np.unique(cuts)) if len(rows)]
+
+
+def to_device(batch, device):
+    """Move the tensors of a nest of dicts, lists and tuples; to a GPU without waiting for it."""
+    if isinstance(batch, Tensor):
+        on_way = batch.pin_memory() if device.type == "cuda" else batch
+        return on_way.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        parts = [to_device(value, device) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch
 
 
 def drop_pooler(encoder: nn.Module) -> None:
@@ -418,11 +478,12 @@ def drop_pooler(encoder: nn.Module) -> None:
         encoder.pooler = None
 
 
-def set_dropout(config, dropout: float | None) -> None:
-    """Set every dropout rate of an encoder's config; None leaves them."""
+def set_dropout(config, dropout: float | None, attention_dropout: float | None) -> None:
+    """Set the dropout rates of an encoder's config, those of the attention weights apart; None leaves them."""
     for key, value in list(vars(config).items()):
-        if dropout is not None and "dropout" in key and isinstance(value, float | int):
-            setattr(config, key, dropout)
+        rate = attention_dropout if "attention" in key else dropout
+        if rate is not None and "dropout" in key and isinstance(value, float | int):
+            setattr(config, key, rate)
 
 
 def first_of(*values):

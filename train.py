@@ -13,7 +13,6 @@ of the step, so the position in the data is the step itself. Reference: 12.5 ste
 """
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
@@ -27,16 +26,17 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import runs
 from artifact import InputError, check_file, make_meta, plain_args, publish, read_meta, run_stage, write_json
-from model import FRAME, ColBERT, length_batches, maxsim, maxsim_packed, maxsim_pairs, tokenize
+from attention import pack, packable
+from model import FRAME, ColBERT, length_batches, maxsim, maxsim_packed, maxsim_pairs, to_device, tokenize
 from ragged import Ids, Ragged, ranges
 from tsv import read_queries
 
-TRAIN_TOKENS_PER_BATCH = {"cpu": 1536, "cuda": 1 << 16}  # passages that go through the encoder together
+TRAIN_TOKENS_PER_BATCH = {"cpu": 1536, "cuda": 1 << 16}  # passages that go through the encoder together, if padded
+COMPUTE_DTYPE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Triples:
@@ -68,44 +68,47 @@ class Triples:
         return self.order
 
 
-def collate(data: Triples, rows: np.ndarray, model: ColBERT, tokens_per_batch: int) -> dict:
-    """A micro-batch of triples (B, 1 + K) as tensors: framed queries, and framed passages in batches of like length."""
-    queries = model.frame_queries(*data.queries.gather(rows[:, 0]))
-    passage_rows = rows[:, 1:].reshape(-1)  # (B * K,): each query's positive, then its negatives
+def collate(data: Triples, rows: np.ndarray, model: ColBERT, tokens_per_batch: int, packed: bool) -> dict:
+    """A micro-batch of triples (B, 1 + K): framed queries and passages in batches of like length, or all packed."""
+    input_ids, attention_mask = model.frame_queries(*data.queries.gather(rows[:, 0]))
+    passage_rows = rows[:, 1:].reshape(-1)  # (N,), N = B * K: each query's positive, then its negatives
     lengths = data.passages.lengths(passage_rows)
-    batches = length_batches(lengths + FRAME, tokens_per_batch)
+    groups = length_batches(lengths + FRAME, (1 << 62) if packed else tokens_per_batch)
+    batches = [model.frame_passages(*data.passages.gather(passage_rows[group])) for group in groups]
+    kept = [model.kept(*batch) for batch in batches]  # (B', L) each
+    counts = torch.cat([part.sum(1) for part in kept])  # (N,), in the order of the batches
+    if packed:
+        kept = [part[mask.bool()] for part, (_, mask) in zip(kept, batches, strict=True)]
+        everything = torch.ones_like(input_ids)  # the fill has outputs, too
+        batches = [pack((input_ids, attention_mask, everything), *((ids, mask, mask) for ids, mask in batches))]
+    else:
+        batches = [(input_ids, attention_mask), *batches]
+    mask = torch.arange(int(counts.max())) < counts[:, None]  # (N, Ld)
+    slots = torch.zeros(mask.shape, dtype=torch.int64)
+    slots[mask] = torch.cat([part.view(-1) for part in kept]).nonzero()[:, 0] + input_ids.numel()
+    back = torch.from_numpy(np.argsort(np.concatenate(groups)))
     return {
-        "queries": queries,
-        "passages": [model.frame_passages(*data.passages.gather(passage_rows[batch])) for batch in batches],
-        "order": torch.from_numpy(np.concatenate(batches)),
+        "inputs": {"batches": batches, "n_queries": len(rows), "slots": slots[back]},
+        "mask": mask[back],
         "passage_rows": torch.from_numpy(passage_rows.astype(np.int64)).view(len(rows), -1),  # (B, K)
     }
 
 
-def triples_loss(Q, P, kept, passage_rows, scale: float, in_batch_negatives: bool) -> torch.Tensor:
+def triples_loss(Q, P, mask, passage_rows, scale: float, in_batch_negatives: bool) -> torch.Tensor:
     """Mean cross-entropy of each query's positive against its negatives, or against all passages of the batch.
 
-    Q (B, Lq, D), P (B * K, Ld, D), kept (B * K, Ld), passage_rows (B, K): a query's positive stands first.
+    Q (B, Lq, D), P (B * K, Ld, D), mask (B * K, Ld), passage_rows (B, K): a query's positive stands first.
     scale: 2 gives v1's l2 similarity -|q - d|^2 = 2 q.d - 2 its softmax, 1 is cosine.
     """
     B, K = passage_rows.shape
     if not in_batch_negatives:
-        logits = maxsim_pairs(Q, P.view(B, K, *P.shape[1:]), kept.view(B, K, -1))  # (B, K)
+        logits = maxsim_pairs(Q, P.view(B, K, *P.shape[1:]), mask.view(B, K, -1))  # (B, K)
         return F.cross_entropy(scale * logits, torch.zeros(B, dtype=torch.long, device=Q.device))
     positives = torch.arange(B, device=Q.device) * K
     same = passage_rows.view(1, -1) == passage_rows[:, :1]  # another copy of the positive is no negative
-    same[torch.arange(B, device=Q.device), positives] = False
-    logits = maxsim(Q, P, kept).masked_fill(same, -torch.inf)  # (B, B * K)
+    same.scatter_(1, positives[:, None], False)
+    logits = maxsim(Q, P, mask).masked_fill(same, -torch.inf)  # (B, B * K)
     return F.cross_entropy(scale * logits, positives)
-
-
-def to_device(batch, device):
-    """Move the tensors of a nest of dicts, lists and tuples."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    return type(batch)(to_device(value, device) for value in batch)
 
 
 class DevSet:
@@ -132,7 +135,7 @@ class DevSet:
         embeddings, counts, _ = model.embed_passages(*self.passages.gather(unique))
         embeddings, starts = torch.from_numpy(embeddings), np.cumsum(counts) - counts
         with model.autocast():
-            queries = model.embed(*(part.to(model.device) for part in model.frame_queries(*self.query_tokens))).cpu()
+            queries = model.embed(to_device(model.frame_queries(*self.query_tokens), model.device)).cpu()
         run, first = {}, 0
         for query, qid, pids in zip(queries, self.qids, self.pids, strict=True):
             rows = inverse[first : first + len(pids)]
@@ -264,6 +267,7 @@ def load_model(args, tokens_meta: dict) -> ColBERT:
         model = ColBERT.from_base(
             args.base_model,
             dropout=args.dropout,
+            attention_dropout=args.attention_dropout,
             dim=args.dim,
             query_maxlen=tokens_meta["query_maxlen"],
             doc_maxlen=tokens_meta["doc_maxlen"],
@@ -345,10 +349,9 @@ def train_step(accelerator: Accelerator, wrapped, optimizer, batches: list[dict]
     scale = {"l2": 2.0, "cosine": 1.0}[args.similarity]
     total = torch.zeros((), device=accelerator.device)
     for batch in batches:
-        batch = to_device(batch, accelerator.device)
         with accelerator.accumulate(wrapped):
-            Q, P, kept = wrapped(batch["queries"], batch["passages"], batch["order"])
-            loss = triples_loss(Q, P, kept, batch["passage_rows"], scale, args.in_batch_negatives)
+            Q, P = wrapped(**batch["inputs"])
+            loss = triples_loss(Q, P, batch["mask"], batch["passage_rows"], scale, args.in_batch_negatives)
             accelerator.backward(loss)
             if accelerator.sync_gradients and args.max_grad_norm > 0:
                 accelerator.clip_grad_norm_(wrapped.parameters(), args.max_grad_norm)
@@ -419,16 +422,17 @@ def main(args):
     log = Log(accelerator, args, step)
     data = Triples(args.tokens_dir, args.batch_size, args.seed if args.shuffle else None)
     tokens_per_batch = TRAIN_TOKENS_PER_BATCH.get(accelerator.device.type, 1 << 14)
+    packed = packable(model.encoder, accelerator.device, COMPUTE_DTYPE[accelerator.mixed_precision])
 
     def micro_batches(step: int) -> list[dict]:
         rows = data.rows(step)
         shares = rows.reshape(args.gradient_accumulation_steps, accelerator.num_processes, micro_size, rows.shape[1])
-        return [collate(data, part, model, tokens_per_batch) for part in shares[:, accelerator.process_index]]
+        mine = shares[:, accelerator.process_index]
+        batches = [collate(data, part, model, tokens_per_batch, packed) for part in mine]
+        return to_device(batches, accelerator.device)
 
     clock = time.time()
-    # the backward pass of the CPU's flash attention takes longer than that of plain matrix products
-    plain = sdpa_kernel(SDPBackend.MATH) if accelerator.device.type == "cpu" else contextlib.nullcontext()
-    with ThreadPoolExecutor(1) as loader, plain:  # builds the next batch while this one computes
+    with ThreadPoolExecutor(1) as loader:  # builds the next batch while this one computes
         upcoming = loader.submit(micro_batches, step)
         while step < args.max_steps:
             batches, upcoming = upcoming.result(), loader.submit(micro_batches, step + 1)
@@ -491,6 +495,12 @@ def parse_args():
         help="how a new projection begins: random rows, or the encoder's principal directions",
     )
     group.add_argument("--dropout", type=float, help="dropout rate of the encoder (default: as it comes)")
+    group.add_argument(
+        "--attention_dropout",
+        type=float,
+        default=0.0,
+        help="of the attention weights (default 0; v1 0.1): above 0 a GPU, too, computes padded batches",
+    )
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--max_steps", type=int, default=400_000, help="optimiser steps, exactly (default 400000)")

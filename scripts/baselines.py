@@ -98,11 +98,13 @@ def search_vectors(encode, pids: list[str], passages: list[str], queries: dict[s
             at = np.broadcast_to(np.arange(start, start + len(vectors)), (len(queries), len(vectors)))
             best = np.concatenate([best, query_vectors @ vectors.T], axis=1)  # (Q, k + n)
             best_at = np.concatenate([best_at, at], axis=1)
-            order = np.argsort(-best, axis=1, kind="stable")[:, :k]  # stable: ties stay in collection order
-            best, best_at = np.take_along_axis(best, order, 1), np.take_along_axis(best_at, order, 1)
+            if best.shape[1] > k:
+                kept = np.argpartition(-best, k - 1, axis=1)[:, :k]
+                best, best_at = np.take_along_axis(best, kept, 1), np.take_along_axis(best_at, kept, 1)
             bar.update(len(vectors))
     for qid, positions, row in zip(queries, best_at, best, strict=True):
-        yield qid, [pids[i] for i in positions], row.tolist()
+        order = np.lexsort((positions, -row))  # ties stay in collection order
+        yield qid, [pids[i] for i in positions[order]], row[order].tolist()
 
 
 def parse_args():

@@ -95,6 +95,20 @@ def test_maxsim(scoring):
     assert torch.allclose(maxsim(queries, passages, mask), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [1, 1000, 1 << 20])
+def test_gradients_of_maxsim(scoring, monkeypatch, size):
+    """Those of the plain tensor of all similarities, however many queries are computed at a time."""
+    monkeypatch.setitem(model_module.MAXSIM_BYTES, "cpu", size)
+    queries, passages, mask, expected = scoring
+    weight = torch.linspace(-1, 1, expected.numel()).view_as(expected)  # (B, N)
+    found, wanted = (tuple(part.clone().requires_grad_() for part in (queries, passages)) for _ in range(2))
+    (maxsim(*found, mask) * weight).sum().backward()
+    similarity = torch.einsum("bqd,nld->bnql", *wanted).masked_fill(~mask[None, :, None, :], -torch.inf)
+    (similarity.amax(-1).sum(-1) * weight).sum().backward()
+    for ours, plain in zip(found, wanted, strict=True):
+        assert torch.allclose(ours.grad, plain.grad, atol=1e-4)
+
+
 def test_maxsim_pairs(scoring):
     queries, passages, mask, expected = scoring
     own = torch.tensor([[0, 1], [2, 2], [3, 1]])  # (B, K)
@@ -196,7 +210,7 @@ PUNCTUATION = set(string.punctuation)
 def test_padded_batch_equals_one_passage_at_a_time(colbert):
     ids, mask = colbert.frame_passages(*tokenize(colbert.tokenizer, TEXTS, 180))
     with torch.no_grad():
-        together, kept = colbert.embed(ids, mask), colbert.kept(ids, mask)
+        together, kept = colbert.embed((ids, mask)), colbert.kept(ids, mask)
     for i, text in enumerate(TEXTS):
         alone, tokens = embed_alone(colbert, text)
         assert ids[i][kept[i]].tolist() == tokens, text
@@ -260,21 +274,6 @@ def test_length_batches():
     batches = length_batches(lengths, 20)
     assert sorted(np.concatenate(batches).tolist()) == list(range(7))
     assert [lengths[batch].tolist() for batch in batches] == [[180], [60], [7, 7], [5, 5, 3]]
-
-
-def test_forward_gives_the_passages_in_their_order(colbert):
-    pieces = [tokenize(colbert.tokenizer, [text], 180) for text in TEXTS]
-    order = [6, 2, 5, 0, 1, 3, 7, 4]
-    batches = [
-        colbert.frame_passages(*(np.concatenate(part) for part in zip(*(pieces[i] for i in rows), strict=True)))
-        for rows in (order[:3], order[3:])
-    ]
-    queries = colbert.frame_queries(*tokenize(colbert.tokenizer, ["boat"], 32))
-    with torch.no_grad():
-        Q, P, kept = colbert(queries, batches, torch.tensor(order))
-        assert torch.allclose(Q, colbert.embed(*queries))
-    for i, text in enumerate(TEXTS):
-        assert torch.allclose(P[i][kept[i]], embed_alone(colbert, text)[0], atol=1e-5), text
 
 
 def test_project_on_principal(encoder_dir, fp32):

@@ -16,7 +16,7 @@ from conftest import ROOT, TRAIN_STEPS, call_stage, launch_cli, succeed, toy_inp
 from transformers import BertTokenizerFast
 
 from model import ColBERT, model_fingerprint
-from train import Triples, list_checkpoints, read_log, save_model, triples_loss, wandb_mode
+from train import Triples, collate, list_checkpoints, read_log, save_model, triples_loss, wandb_mode
 
 
 def losses(folder) -> list[float]:
@@ -100,6 +100,34 @@ def test_loss_with_more_negatives(batch):
 
 
 # -------------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_embeddings_of_a_batch(tokens_dir, model_dir, packed):
+    """Of each text alone, however the batch is computed."""
+    model, data = ColBERT.from_pretrained(model_dir), Triples(tokens_dir, 8, None)
+    rows = data.rows(1)
+    batch = collate(data, rows, model, 64, packed)
+    assert (len(batch["inputs"]["batches"]) == 1) == packed
+    Q, P = model(**batch["inputs"])
+    for query, row in zip(Q, rows[:, 0], strict=True):
+        alone = model.embed(model.frame_queries(*data.queries.gather(np.array([row]))))[0]
+        assert torch.allclose(query, alone, atol=1e-5)
+    for passage, mask, row in zip(P, batch["mask"], rows[:, 1:].reshape(-1), strict=True):
+        ids, attention_mask = model.frame_passages(*data.passages.gather(np.array([row])))
+        alone = model.embed((ids, attention_mask))[model.kept(ids, attention_mask)]
+        assert torch.allclose(passage[mask], alone, atol=1e-5)
+
+
+def test_packed_and_padded_gradients_agree(tokens_dir, model_dir):
+    model, data = ColBERT.from_pretrained(model_dir), Triples(tokens_dir, 8, None)
+    gradients = []
+    for packed in (False, True):
+        batch = collate(data, data.rows(1), model, 64, packed)
+        loss = triples_loss(*model(**batch["inputs"]), batch["mask"], batch["passage_rows"], 2.0, True)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for padded, packed in zip(*gradients, strict=True):
+        assert torch.allclose(padded, packed, atol=1e-5), (padded - packed).abs().max()
 
 
 def test_batches_in_file_order_begin_again(tokens_dir):

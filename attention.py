@@ -1,0 +1,130 @@
+"""Attention within each of many texts, without padding; registered with transformers under the name "colbert".
+
+On a GPU the texts of a batch lie one after the other in one sequence, and each attends within itself by PyTorch's
+variable-length flash attention. Fewer positions may be attended to than get an output: the [MASK] fill of a query has
+outputs and is not attended to (paper, section 3.2). On a CPU batches are padded, and of near-equal length.
+
+Shapes: B texts of at most L positions, T positions in all, d size of a head.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "colbert"
+PACKABLE = ("bert", "distilbert", "electra", "roberta", "xlm-roberta", "modernbert")  # these take position_ids
+COUNT_FROM_PADDING = ("roberta", "xlm-roberta")  # their first position is the padding id + 1
+
+
+class Packed(NamedTuple):
+    """Texts one after the other."""
+
+    input_ids: Tensor  # (1, T)
+    position_ids: Tensor  # (1, T) from 0 on in each text
+    offsets: Tensor  # (B + 1,) int32: where each text begins, and T
+    longest: int  # positions of the longest text
+    keys: Tensor  # (T',) the positions that are attended to
+    key_offsets: Tensor  # (B + 1,) int32: where the keys of each text begin, and T'
+    most_keys: int
+
+
+def packable(encoder, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether texts can be packed: on a GPU, in 16 bits, by an encoder that is told the positions; without dropout."""
+    rates = (rate for key, rate in vars(encoder.config).items() if "attention" in key and "dropout" in key)
+    return (
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and encoder.config.model_type in PACKABLE
+        and not (encoder.training and any(rates))
+    )
+
+
+def pack(*batches: tuple[Tensor, Tensor, Tensor]) -> Packed:
+    """Pack padded batches (input_ids, attention_mask, outputs), (B, L) each, one after the other.
+
+    The positions kept are those where `outputs` is true; attention_mask tells which of them are attended to. Done on
+    the host: a GPU would have to be waited for to learn how many there are.
+    """
+    outputs = [batch[2].bool() for batch in batches]
+    attended = [batch[1].bool() & kept for batch, kept in zip(batches, outputs, strict=True)]
+    lengths = torch.cat([kept.sum(1) for kept in outputs])  # (B,)
+    key_counts = torch.cat([keys.sum(1) for keys in attended])
+    positions = [torch.arange(kept.shape[1]).expand_as(kept)[kept] for kept in outputs]
+    return Packed(
+        input_ids=torch.cat([ids[kept] for (ids, _, _), kept in zip(batches, outputs, strict=True)])[None],
+        position_ids=torch.cat(positions)[None],
+        offsets=_offsets(lengths),
+        longest=int(lengths.max()),
+        keys=torch.cat([keys[kept] for keys, kept in zip(attended, outputs, strict=True)]).nonzero()[:, 0],
+        key_offsets=_offsets(key_counts),
+        most_keys=int(key_counts.max()),
+    )
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+
+
+def encode_packed(encoder, texts: Packed) -> Tensor:
+    """Last hidden states (T, H) of packed texts. The encoder is one of PACKABLE, in bf16 or fp16 on a GPU."""
+    kind = encoder.config.model_type
+    first = encoder.config.pad_token_id + 1 if kind in COUNT_FROM_PADDING else 0
+    mask = {"full_attention": None, "sliding_attention": None} if kind == "modernbert" else None
+    hidden = encoder(texts.input_ids, mask, position_ids=texts.position_ids + first, packed=texts).last_hidden_state
+    return hidden[0]
+
+
+def attention(module, query, key, value, attention_mask=None, dropout=0.0, scaling=None, packed=None, **kwargs):
+    """What transformers calls in each layer.
+
+    query, key, value (B, heads, L, d), (1, heads, T, d) if packed; attention_mask (B, 1, L or 1, L), true where a key
+    may be attended to. Returns (B, L, heads, d), (1, T, heads, d) if packed, and None for the weights.
+    """
+    if packed is not None:
+        assert not dropout, "packed texts are attended to without dropout"
+        window = kwargs.get("sliding_window")
+        return varlen(*(part[0].transpose(0, 1) for part in (query, key, value)), packed, scaling, window)[None], None
+    if query.device.type == "cpu" and query.requires_grad:
+        return products(query, key, value, attention_mask, dropout, scaling).transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+
+def products(query, key, value, mask: Tensor | None = None, dropout=0.0, scaling: float | None = None) -> Tensor:
+    """Attention as two matrix products: (B, heads, L, d), arguments as of `attention`.
+
+    In training on a CPU they are faster than PyTorch's fused attention, whose backward pass is slow (LOG.md).
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query * (query.shape[-1] ** -0.5 if scaling is None else scaling) @ key.transpose(-2, -1)
+        if mask is not None:
+            scores = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)  # a row of -inf would give nan
+        return torch.dropout(scores.softmax(-1), dropout, dropout > 0) @ value
+
+
+def varlen(query, key, value, packed: Packed, scaling: float | None, window: int | None) -> Tensor:
+    """Attention within each of the packed texts: (T, heads, d). window: positions to either side, + 1; None is all."""
+    key, value = key[packed.keys], value[packed.keys]  # (T', heads, d)
+    if query.device.type == "cuda":
+        from torch.nn.attention.varlen import varlen_attn
+
+        sides = (-1, -1) if window is None else (window - 1, window - 1)
+        ends = (packed.offsets, packed.key_offsets, packed.longest, packed.most_keys)
+        return varlen_attn(query, key, value, *ends, scale=scaling, window_size=sides)
+    results, at = [], packed.position_ids[0]  # elsewhere text by text: slow, and plain to see
+    starts, key_starts = packed.offsets.tolist(), packed.key_offsets.tolist()
+    for (start, stop), (first, last) in zip(pairwise(starts), pairwise(key_starts), strict=True):
+        near = None
+        if window is not None:
+            near = (at[start:stop, None] - at[packed.keys[first:last]]).abs() < window  # (L, keys)
+        parts = (query[start:stop], key[first:last], value[first:last])
+        results.append(products(*(part.transpose(0, 1) for part in parts), near, scaling=scaling).transpose(0, 1))
+    return torch.cat(results)
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
