@@ -15,6 +15,7 @@ import argparse
 import json
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,8 @@ def claim(folder: Path, source: str, lay_out) -> None:
         raise InputError(f"{folder}: holds something else, or embeddings of another model or collection: remove it")
 
 
-def embed_part(model: ColBERT, passages: Ragged, start: int, stop: int, folder: Path, args) -> dict:
-    """Embed passages start ... stop - 1 and write them to their place in values.npy; returns counts."""
+def embed_part(model: ColBERT, passages: Ragged, start: int, stop: int, folder: Path, number: int, args) -> None:
+    """Embed passages start ... stop - 1, write them to their place in values.npy, and mark the part as done."""
     embeddings, counts, padding = model.embed_passages(*passages.slice(start, stop), args.tokens_per_batch)
     target = Ragged(folder)
     first = int(target.offsets[start])
@@ -61,7 +62,8 @@ def embed_part(model: ColBERT, passages: Ragged, start: int, stop: int, folder: 
     with open(folder / "values.npy", "r+b") as file:
         file.seek(target.values.offset + first * embeddings[:1].nbytes)
         file.write(embeddings.data.cast("B"))
-    return {"passages": stop - start, "embeddings": len(embeddings), "padding": float(padding)}
+    done = {"passages": stop - start, "embeddings": len(embeddings), "padding": float(padding)}
+    write_json(folder / "parts" / f"{number}.json", done)
 
 
 def main(args):
@@ -89,11 +91,20 @@ def main(args):
     bar = tqdm(total=n_passages, disable=None if state.is_main_process else True, unit=" passages", unit_scale=True)
     bar.update(max(0, n_passages - len(missing) * args.part_size))
     clock, embedded = time.time(), 0
-    for number in missing[state.process_index :: state.num_processes]:
-        start, stop = starts[number], min(n_passages, starts[number] + args.part_size)
-        write_json(folder / "parts" / f"{number}.json", embed_part(model, passages, start, stop, folder, args))
-        embedded += stop - start
-        bar.update((stop - start) * state.num_processes)
+    # On a GPU two parts are under way: while one is filtered, copied and written, the GPU computes the other.
+    with ThreadPoolExecutor(2 if state.device.type == "cuda" else 1) as threads:
+        jobs = {}
+        for number in missing[state.process_index :: state.num_processes]:
+            start, stop = starts[number], min(n_passages, starts[number] + args.part_size)
+            jobs[threads.submit(embed_part, model, passages, start, stop, folder, number, args)] = stop - start
+        try:
+            for job in as_completed(jobs):
+                job.result()
+                embedded += jobs[job]
+                bar.update(jobs[job] * state.num_processes)
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
     bar.close()
     seconds = time.time() - clock
     state.wait_for_everyone()

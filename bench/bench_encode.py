@@ -10,10 +10,12 @@ memory is that of a process of its own for each way, `working` what it takes abo
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import multiprocessing
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -40,12 +42,26 @@ from tsv import read_id_text
 WAYS = ("reference", "ours_fp32", "ours")
 
 
-def load_model(name_or_path, device: str) -> ColBERT:
+def load_model(args) -> ColBERT:
     """A ColBERT checkpoint, or a new ColBERT on any encoder (speed does not depend on the weights)."""
-    config = Path(name_or_path) / "config.json"
-    trained = config.is_file() and json.loads(config.read_text()).get("model_type") == "colbert"
+    config = Path(args.model) / "config.json"
     torch.manual_seed(0)
-    return (ColBERT.from_pretrained if trained else ColBERT.from_base)(str(name_or_path)).to(device).eval()
+    if config.is_file() and json.loads(config.read_text()).get("model_type") == "colbert":
+        return ColBERT.from_pretrained(args.model).to(args.device).eval()
+    with encoder_folder(args) as folder:
+        return ColBERT.from_base(str(folder)).to(args.device).eval()
+
+
+@contextlib.contextmanager
+def encoder_folder(args):
+    """The encoder of --model, or one of the shape of BERT-base with random weights and its tokenizer."""
+    if not args.bert_base:
+        yield args.model
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.BertModel(transformers.BertConfig()).save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(args.model).save_pretrained(folder)
+        yield folder
 
 
 def load_texts(path, n: int) -> list[str]:
@@ -59,7 +75,7 @@ def prepare(args) -> tuple[dict, np.ndarray, ColBERT]:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
-    model, texts = load_model(args.model, args.device), load_texts(args.collection, args.n_passages)
+    model, texts = load_model(args), load_texts(args.collection, args.n_passages)
     maxlen = model.config.doc_maxlen
     padded = reference.tokenize_padded(reference.load_tokenizer(args.model), texts, MARKERS["passage"], maxlen)
     pieces = tokenize(model.tokenizer, texts, maxlen)
@@ -154,6 +170,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--collection", type=Path, default=DATA / "squad" / "collection.tsv", help="pid, passage")
     parser.add_argument("--model", default=MINILM, help="ColBERT folder, or an encoder's name or folder")
+    parser.add_argument("--bert_base", action=argparse.BooleanOptionalAction, default=False, help="its shape instead")
     parser.add_argument("--n_passages", type=int, default=256, help="spread evenly over the collection")
     parser.add_argument("--repeats", type=int, default=5, help="alternating runs after the warm-up")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1: one core)")

@@ -89,6 +89,31 @@ def embed_passages(model, ids: Tensor, mask: Tensor, batch: int = 1024) -> tuple
     return torch.cat(passages), [len(passage) for passage in passages]
 
 
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def train_step(model, optimizer, queries: tuple[Tensor, Tensor], passages: tuple[Tensor, Tensor], dtype) -> Tensor:
+    """One step on triples: queries (B, 32) and passages (2 B, maxlen), all positives before all negatives.
+
+    Every position computed, padding too; -|q - d|^2 on a tensor (2 B, Lq, Ld, D); punctuation and padding are zero
+    vectors, which take part in the maximum; the loss is waited for in every step. fp32, or fp16 autocast on a GPU.
+    """
+    with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        Q = F.normalize(model.linear(model.encoder(*queries).last_hidden_state), dim=2).repeat(2, 1, 1)  # (2 B, Lq, D)
+        hidden = model.linear(model.encoder(*passages).last_hidden_state)  # (2 B, Ld, D)
+        skiplist = torch.tensor([model.config.pad_token_id, *model.config.skiplist], device=model.device)
+        kept = ~(passages[0].unsqueeze(-1) == skiplist).any(-1)  # (2 B, Ld)
+        P = F.normalize(hidden * kept.unsqueeze(2).float(), dim=2)
+        distances = ((Q.unsqueeze(2) - P.unsqueeze(1)) ** 2).sum(-1)  # (2 B, Lq, Ld)
+        scores = (-distances).max(-1).values.sum(-1).view(2, -1).T  # (B, 2)
+        loss = F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long, device=model.device))
+    loss.item()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
+
+
 # ---------------------------------------------------------------------------------------------------------- retrieval
 
 

@@ -1,10 +1,11 @@
-"""Peak memory of tsv2mmap.py, doc2embedding.py and build_index.py at two sizes of a collection.
+"""tsv2mmap.py, doc2embedding.py and build_index.py as a user runs them: seconds, rate and peak memory, files written.
 
-    python bench/bench_memory.py --sizes 30000 300000
+    python bench/bench_stages.py --sizes 30000 300000                                  # is memory flat?
+    python bench/bench_stages.py --encoder bert-base --dim 128 --sizes 200000          # how fast, on a GPU
 
 Memory that grew with the collection would be ten times as much in the second row. `private` is what the machine must
 have: memory of all processes that no file backs. `rss` adds pages of memory-mapped files, which the kernel drops
-when others need them. Weights do not matter here: a random encoder (one layer of 64) keeps it short.
+when others need them. Weights do not matter here: they are random, of one layer of 64 unless --encoder says otherwise.
 """
 
 import argparse
@@ -21,18 +22,17 @@ from measure import DATA, MINILM, add_results_flag, hardware, run_command, write
 from model import ColBERT
 from tsv import read_rows
 
+ENCODERS = {
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 256},
+    "bert-base": {},
+}
 
-def make_model(folder: Path, tokenizer_name, dim: int) -> Path:
-    """Write a ColBERT on a random BERT of one layer with a real tokenizer; always the same weights."""
+
+def make_model(folder: Path, tokenizer_name, encoder: str, dim: int) -> Path:
+    """Write a ColBERT on a random BERT with a real tokenizer; always the same weights."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_name)
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=256,
-    )
     torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=len(tokenizer), **ENCODERS[encoder])
     transformers.BertModel(config).save_pretrained(folder / "encoder")
     tokenizer.save_pretrained(folder / "encoder")
     ColBERT.from_base(str(folder / "encoder"), dim=dim).save_pretrained(folder / "model")
@@ -55,10 +55,12 @@ def main(args):
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     rows = []
-    print(f"{'stage':18}{'passages':>10}{'writes MB':>11}{'seconds':>9}{'private MB':>12}{'rss MB':>8}")
+    print(
+        f"{'stage':18}{'passages':>10}{'writes MB':>11}{'seconds':>9}{'passages/s':>12}{'private MB':>12}{'rss MB':>8}"
+    )
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         scratch = Path(scratch)
-        model = make_model(scratch, args.tokenizer, args.dim)
+        model = make_model(scratch, args.tokenizer, args.encoder, args.dim)
         for size in args.sizes:
             collection = scratch / "collection.tsv"
             folders = {name: scratch / f"{name}-{size}" for name in ("tokens", "embeddings", "index")}
@@ -68,18 +70,16 @@ def main(args):
                 "doc2embedding.py": {"tokens_dir": folders["tokens"], "model": model},
                 "build_index.py": {"embedding_dir": folders["embeddings"], "m": args.m, "nlist": args.nlist},
             }
-            for (script, flags), folder in zip(stages.items(), folders.values(), strict=True):
+            for (script, flags), folder in list(zip(stages.items(), folders.values(), strict=True))[: args.stages]:
                 measured = run_command(script, **flags, output_dir=folder)
-                measured.pop("output")
+                rate = measured.pop("output").get("passages_per_second", round(n / measured["seconds"], 1))
                 new = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_nlink == 1]
                 megabytes = round(sum(path.stat().st_size for path in new) / 1e6, 1)
-                rows.append({"stage": script, "passages": n, "written_mb": megabytes, **measured})
-                print(
-                    f"{script:18}{n:10,}{megabytes:11,}{measured['seconds']:9}{measured['private_mb']:12,}"
-                    f"{measured['rss_mb']:8,}",
-                    flush=True,
-                )
-    write_result("memory", args, machine, rows=rows)
+                row = {"passages": n, "written_mb": megabytes, "passages_per_second": rate, **measured}
+                rows.append({"stage": script, **row})
+                order = ("passages", "written_mb", "seconds", "passages_per_second", "private_mb", "rss_mb")
+                print(f"{script:18}" + "".join(f"{row[key]:11,}" for key in order), flush=True)
+    write_result("stages", args, machine, rows=rows)
 
 
 def parse_args():
@@ -89,6 +89,8 @@ def parse_args():
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=[30_000, 300_000], help="passages, the first lines")
     parser.add_argument("--tokenizer", default=MINILM, help="model name or folder (default: MiniLM)")
+    parser.add_argument("--encoder", choices=ENCODERS, default="tiny", help="its shape (default tiny)")
+    parser.add_argument("--stages", type=int, choices=(1, 2, 3), default=3, help="how many of them (default 3)")
     parser.add_argument("--dim", type=int, default=32, help="of an embedding (default 32, to save scratch)")
     parser.add_argument("--m", type=int, default=16, help="build_index.py's --m (default 16)")
     parser.add_argument(
