@@ -158,6 +158,9 @@ def spell(model: ColBERT, text: str, ids: list[int]) -> tuple[list[str], list[tu
     """
     encoding = model.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
     spans = [trim(text, *span) for span in encoding.offsets]
+    for at, (this, following) in enumerate(itertools.pairwise(spans)):
+        if this != following:  # a lone "▁" before a word may claim the word's first letter too
+            spans[at] = (this[0], max(this[0], min(this[1], following[0])))
     end = spans[-1][1] if encoding.overflowing else len(text)
     spans = [(0, 0)] * (FRAME - 1) + spans + [(end, end)] * (len(ids) - len(spans) - FRAME + 1)
     names = model.tokenizer.convert_ids_to_tokens(ids)
@@ -186,7 +189,7 @@ def annotate(text: str, found: list[Match], n_fill: int, special: bool) -> str:
     if title:
         line = "border-bottom: 2px dotted gray" if n_fill else ""
         piece = f'<span title="{html.escape(", ".join(title))}" style="{line}">{piece}</span>'
-    return f" <small {FAINT}>{piece}</small> " if special else piece
+    return f"<small {FAINT}> {piece} </small>" if special else piece
 
 
 def shade(similarity: float) -> str:
