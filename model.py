@@ -365,12 +365,17 @@ class ColBERT(PreTrainedModel):
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     # ------------------------------------------------------------------------------------------------ for a notebook
-    # fp32: compute and return full fp32, not the device's fast type. progress: a bar always (True), never (False), or
-    # after 5 seconds (None). return_tokens: return a pair, the second of which is the token strings of each text.
     # Embeddings and scores come back on the CPU, wherever they were computed.
 
-    def encode_queries(self, texts: list[str], fp32=False, progress: bool | None = None, return_tokens=False):
-        """Query embeddings (B, Lq, D), fp32. Raises InputError where `texts` is not a list of texts."""
+    def encode_queries(
+        self, texts: list[str], fp32: bool = False, progress: bool | None = None, return_tokens: bool = False
+    ):
+        """Query embeddings (B, Lq, D), fp32.
+
+        fp32: also compute in it, not in the device's fast type. progress: show a bar; by default once it has taken
+        5 seconds. return_tokens: return (embeddings, the Lq token strings of each query).
+        Raises InputError where `texts` is not a list of texts.
+        """
         texts = check_texts(texts)
         embeddings, tokens = torch.empty(len(texts), self.config.query_maxlen, self.config.dim), []
         size = max(1, TOKENS_PER_BATCH.get(self.device.type, 32768) // self.config.query_maxlen)
@@ -386,12 +391,18 @@ class ColBERT(PreTrainedModel):
         return (embeddings, tokens) if return_tokens else embeddings
 
     def encode_passages(
-        self, texts: list[str], fp32=False, progress: bool | None = None, return_tokens=False, ragged=False
+        self,
+        texts: list[str],
+        fp32: bool = False,
+        progress: bool | None = None,
+        return_tokens: bool = False,
+        ragged: bool = False,
     ):
         """Passage embeddings: one (Ld, D) fp16 tensor a passage, in the order given; punctuation is dropped.
 
-        ragged: return the tensors' one buffer instead, values (T, D), and offsets (N + 1,): passage i is
-        values[offsets[i] : offsets[i + 1]]. Memory holds the result once and one batch beside it.
+        fp32: compute and return that. progress, return_tokens: as of `encode_queries`. ragged: return the one buffer
+        that the tensors are parts of, values (T, D), and offsets (N + 1,): passage i is
+        values[offsets[i] : offsets[i + 1]]. Memory holds the result once, and a few batches beside it.
         Raises InputError where `texts` is not a list of texts.
         """
         texts = check_texts(texts)
