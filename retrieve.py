@@ -181,7 +181,9 @@ class Searcher:
         B, Lq, D = queries.shape
         with self._timed("IVFPQ"):
             self._set_nprobe(nprobe)
-            similarities, ids = self.faiss.search(queries.reshape(B * Lq, D).cpu().numpy(), faiss_depth)
+            vectors = queries.reshape(B * Lq, D).cpu().numpy()
+            similarities, ids = self.faiss.search(vectors, faiss_depth)
+            ids[~vectors.any(1)] = -1  # rows of zeros pad a query: they score 0 everywhere, and find nothing
         with self._timed("candidates"):
             rows = np.searchsorted(self.embeddings.offsets, ids.reshape(-1), side="right") - 1
             rows = rows.reshape(B, Lq, -1)  # -1 where FAISS found nothing (its id is -1)

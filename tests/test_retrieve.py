@@ -230,6 +230,15 @@ def test_settings_do_not_stick(searcher):
     assert [hit.pid for hit in exact] == [hit.pid for hit in before]
 
 
+def test_rows_of_zeros_pad_a_query(searcher):
+    query = searcher.encode(["drum"])[:, :5]
+    padded = torch.cat([query, torch.zeros(1, 3, 16)], 1)
+    (few,), (also_few,) = (searcher.candidates(vectors, 1, 2, 100) for vectors in (query, padded))
+    assert few.tolist() == also_few.tolist() and len(few) < 40
+    (plain,), (same,) = (searcher.exact(vectors, 5) for vectors in (query, padded))
+    assert plain[0].tolist() == same[0].tolist() and np.allclose(plain[1], same[1], atol=1e-5)
+
+
 def test_moved_together_the_folders_find_each_other(model_dir, index_dir, toy_dir, tmp_path):
     base = model_dir.parent.parent
     assert index_dir.parent.parent == toy_dir.parent == base
@@ -245,7 +254,7 @@ def test_a_folder_that_is_gone(index_dir, toy_dir, model_dir, tmp_path):
     meta = json.loads((tmp_path / "index/meta.json").read_text())
     meta |= {"model": "gone", "model_path": "../gone", "collection_path": None}
     (tmp_path / "index/meta.json").write_text(json.dumps(meta))
-    with pytest.raises(InputError, match=r"its model, gone, is gone: give its folder as model"):
+    with pytest.raises(InputError, match=r"its model, gone, is not there: give its folder as model"):
         Searcher(tmp_path / "index").search("drum")
     assert [hit.text for hit in Searcher(tmp_path / "index", model_dir).search("drum", 2)] == [None, None]
 
