@@ -93,6 +93,11 @@ def make_meta(kind: str, fingerprint: str, started: float, args, **facts) -> dic
     }
 
 
+def seen_from(folder, path) -> str:
+    """`path` relative to `folder`, for its `meta.json`: folders that are moved together find each other."""
+    return os.path.relpath(Path(path).resolve(), Path(folder).resolve())
+
+
 def plain_args(args) -> dict:
     """Arguments as JSON can hold them."""
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}

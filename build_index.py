@@ -21,7 +21,7 @@ import faiss
 import numpy as np
 from tqdm import tqdm
 
-from artifact import InputError, fingerprint, publish, read_meta, run_stage, write_meta
+from artifact import InputError, fingerprint, publish, read_meta, run_stage, seen_from, write_meta
 from ragged import Ragged
 
 BLOCK = 1 << 16  # embeddings converted to fp32 and added at a time
@@ -107,10 +107,16 @@ def main(args):
         faiss.write_index(index, str(partial / "faiss.index"))
         for name in ("values.npy", "offsets.npy", "pids.npy"):
             link(args.embedding_dir / name, partial / name)
+        paths = {
+            key: seen_from(args.output_dir, args.embedding_dir.resolve() / source_meta[key])
+            for key in ("model_path", "collection_path")
+            if source_meta.get(key)
+        }
         facts = {
             "embeddings_fingerprint": source_meta["fingerprint"],
             "model": source_meta["model"],
             "model_fingerprint": source_meta["model_fingerprint"],
+            **paths,
             "passages": len(embeddings),
             "embeddings": n_embeddings,
             "dim": dim,

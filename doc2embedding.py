@@ -24,7 +24,7 @@ import transformers
 from accelerate import PartialState
 from tqdm import tqdm
 
-from artifact import InputError, fingerprint, publish, read_meta, run_stage, write_json, write_meta
+from artifact import InputError, fingerprint, publish, read_meta, run_stage, seen_from, write_json, write_meta
 from model import ColBERT, fast_dtype, model_fingerprint
 from ragged import NpyWriter, Ragged, allocate_npy
 
@@ -77,7 +77,7 @@ def main(args):
     if not n_passages:
         raise InputError(f"{args.tokens_dir}: holds no collection: run tsv2mmap.py with --collection")
     model_print = model_fingerprint(args.model)
-    model = ColBERT.from_pretrained(args.model).to(state.device).eval()
+    model = ColBERT.from_pretrained(args.model, device=state.device)
     model.check_tokens(args.model, args.tokens_dir, tokens_meta)
     source = fingerprint(model_print, tokens_meta["fingerprint"], args.part_size)
     passages = Ragged(args.tokens_dir / "passages")
@@ -112,10 +112,13 @@ def main(args):
         return None
 
     shutil.copyfile(args.tokens_dir / "pids.npy", folder / "pids.npy")
+    collection = tokens_meta.get("collection_path")
     parts = [json.loads((folder / "parts" / f"{number}.json").read_text()) for number in range(len(starts))]
     facts = {
         "model": str(args.model),
         "model_fingerprint": model_print,
+        "model_path": seen_from(folder, args.model),
+        "collection_path": collection and seen_from(folder, args.tokens_dir.resolve() / collection),
         "tokens_fingerprint": tokens_meta["fingerprint"],
         "processes": state.num_processes,
         "passages": n_passages,

@@ -4,6 +4,7 @@
     queries = model.encode_queries(["what is late interaction?"])       # (B, Lq, D)
     passages = model.encode_passages(["ColBERT encodes ...", "..."])    # list of (Ld, D)
     model.score(queries, passages)                                      # (B, N)
+    model.rank("what is late interaction?", passages, k=1)              # [(position, score)], the best first
 
 Shapes: B queries, N passages, Lq and Ld tokens of one query and one passage, T tokens in all, H hidden, D dim.
 Everything that frames, encodes or scores text is here, once: training, embedding and search call it.
@@ -18,12 +19,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 import attention
 from artifact import InputError, fingerprint
 from attention import Packed, encode_packed, pack, packable
-from ragged import ranges
+from ragged import neighbours, ranges
 
 # On CPUs PyTorch keeps the compiled products of the last 1,024 shapes: gigabytes, where every batch has its own.
 os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
@@ -33,6 +35,9 @@ MARKERS = {"query": "[Q]", "passage": "[D]"}  # tokens of their own, after [CLS]
 FRAME = 3  # [CLS], the marker and [SEP] around the word pieces
 MAXSIM_BYTES = {"cpu": 1 << 23, "cuda": 1 << 29}  # similarities held at a time in training
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 131072}  # passages are batched by tokens; a small batch stays in the cache
+TEXTS_PER_CHUNK = 4096  # texts tokenised at a time: what the tokenizer gives back takes hundreds of bytes a token
+SCORE_QUERIES, SCORE_TOKENS = 16, {"cpu": 4096, "cuda": 1 << 20}  # scored at a time, as retrieve.py does
+PROGRESS_AFTER = 5  # seconds after which a bar appears by itself
 
 
 class ColBERTConfig(PreTrainedConfig):
@@ -269,11 +274,14 @@ class ColBERT(PreTrainedModel):
         return model
 
     @classmethod
-    def from_pretrained(cls, name_or_path, *args, **kwargs) -> "ColBERT":
-        """Load weights, settings and tokenizer from one folder (or hub name), in eval mode."""
+    def from_pretrained(cls, name_or_path, *args, device=None, **kwargs) -> "ColBERT":
+        """Load weights, settings and tokenizer from one folder (or hub name), in eval mode.
+
+        device: where to; by default the GPU if there is one, else the CPU.
+        """
         model = super().from_pretrained(name_or_path, *args, **kwargs)
         model.tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        return model
+        return model if "device_map" in kwargs else model.to(device or default_device())
 
     def save_pretrained(self, path, *args, **kwargs) -> None:
         """Write weights, settings and tokenizer into one folder."""
@@ -366,29 +374,30 @@ class ColBERT(PreTrainedModel):
         return queries, embeddings.index_select(0, slots.view(-1)).view(*slots.shape, -1)
 
     @torch.inference_mode()
-    def embed_passages(self, values: np.ndarray, lengths: np.ndarray, tokens_per_batch: int | None = None):
+    def embed_passages(self, values: np.ndarray, lengths: np.ndarray, tokens_per_batch: int | None = None, fp32=False):
         """Embed passages given as word pieces: in batches of similar length, or packed, in the order they come.
 
         values (T,), lengths (N,). Returns embeddings (T', D) fp16 of the kept tokens in the order given, their
-        number for each passage (N,) int64, and the share of positions that were padding.
+        number for each passage (N,) int64, and the share of positions that were padding. fp32: compute and return that.
         """
         budget = tokens_per_batch or TOKENS_PER_BATCH.get(self.device.type, 32768)
-        packed = packable(self.encoder, self.device, fast_dtype(self.device))
+        dtype = torch.float32 if fp32 else torch.float16
+        packed = not fp32 and packable(self.encoder, self.device, fast_dtype(self.device))
         starts, counts, positions = np.cumsum(lengths) - lengths, self.kept_counts(values, lengths), 0
         first, on_gpu = np.cumsum(counts) - counts, self.device.type == "cuda"
-        embeddings = torch.empty((int(counts.sum()), self.config.dim), dtype=torch.float16, pin_memory=on_gpu)
-        for rows in (token_batches if packed else length_batches)(lengths + FRAME, budget):
+        embeddings = torch.empty((int(counts.sum()), self.config.dim), dtype=dtype, pin_memory=on_gpu)
+        for rows in (neighbours if packed else length_batches)(lengths + FRAME, budget):
             texts = ids, mask = self.frame_passages(values[ranges(starts[rows], lengths[rows])], lengths[rows])
             kept = self.kept(ids, mask)  # (B, Ld)
             if packed:
                 texts, kept = pack((ids, mask, mask)), kept[mask.bool()]  # (T,)
             positions += kept.numel()
-            with self.autocast():
+            with self.autocast(fp32):
                 output = self.embed(to_device(texts, self.device)).view(-1, self.config.dim)
             here = kept.view(-1).nonzero()[:, 0]
-            output = output.index_select(0, to_device(here, self.device)).half()
+            output = output.index_select(0, to_device(here, self.device)).to(dtype)
             if packed:  # in their order: copied while the host goes on
-                embeddings[first[rows[0]] :][: len(output)].copy_(output, non_blocking=True)
+                embeddings[first[rows.start] :][: len(output)].copy_(output, non_blocking=True)
             else:
                 embeddings[torch.from_numpy(ranges(first[rows], counts[rows]))] = output.cpu()
         if on_gpu:
@@ -396,38 +405,124 @@ class ColBERT(PreTrainedModel):
         real = np.minimum(lengths + FRAME, self.config.doc_maxlen).sum()
         return embeddings.numpy(), counts, 1 - real / max(1, positions)
 
-    def autocast(self):
-        """Compute in the device's fast 16-bit type where it has one."""
-        dtype = fast_dtype(self.device)
+    def autocast(self, fp32: bool = False):
+        """Compute in the device's fast 16-bit type where it has one, or in fp32 all the same."""
+        dtype = torch.float32 if fp32 else fast_dtype(self.device)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     # ------------------------------------------------------------------------------------------------ for a notebook
+    # Embeddings and scores come back on the CPU, wherever they were computed.
 
-    @torch.inference_mode()
-    def encode_queries(self, texts: list[str], batch_size: int = 256) -> Tensor:
-        """Query embeddings (B, Lq, D), fp32, on the model's device."""
-        parts = []
-        for start in range(0, len(texts), batch_size):
-            pieces = tokenize(self.tokenizer, texts[start : start + batch_size], self.config.query_maxlen)
-            with self.autocast():
-                parts.append(self.embed(to_device(self.frame_queries(*pieces), self.device)))
-        return torch.cat(parts) if parts else torch.zeros(0, self.config.query_maxlen, self.config.dim)
+    def encode_queries(
+        self, texts: list[str], fp32: bool = False, progress: bool | None = None, return_tokens: bool = False
+    ):
+        """Query embeddings (B, Lq, D), fp32.
 
-    def encode_passages(self, texts: list[str]) -> list[Tensor]:
-        """Passage embeddings: one (Ld, D) fp16 tensor a passage, on the CPU; punctuation is dropped."""
-        embeddings, counts, _ = self.embed_passages(*tokenize(self.tokenizer, texts, self.config.doc_maxlen))
-        return list(torch.from_numpy(embeddings).split(counts.tolist()))
+        fp32: also compute in it, not in the device's fast type. progress: show a bar; by default once it has taken
+        5 seconds. return_tokens: return (embeddings, the Lq token strings of each query).
+        Raises InputError where `texts` is not a list of texts.
+        """
+        texts = check_texts(texts)
+        embeddings, tokens = torch.empty(len(texts), self.config.query_maxlen, self.config.dim), []
+        size = max(1, TOKENS_PER_BATCH.get(self.device.type, 32768) // self.config.query_maxlen)
+        with progress_bar(len(texts), " queries", progress) as bar:
+            for start in range(0, len(texts), size):
+                pieces = tokenize(self.tokenizer, texts[start : start + size], self.config.query_maxlen)
+                ids, mask = self.frame_queries(*pieces)
+                with torch.inference_mode(), self.autocast(fp32):
+                    embeddings[start : start + size] = self.embed(to_device((ids, mask), self.device)).cpu()
+                if return_tokens:
+                    tokens += map(self.tokenizer.convert_ids_to_tokens, ids.tolist())
+                bar.update(len(ids))
+        return (embeddings, tokens) if return_tokens else embeddings
 
-    def score(self, queries: Tensor | list[str], passages: list[Tensor] | list[str]) -> Tensor:
-        """MaxSim (B, N), fp32, of queries (texts or embeddings) with passages (texts or embeddings)."""
-        if len(queries) and isinstance(queries[0], str):
+    def encode_passages(
+        self,
+        texts: list[str],
+        fp32: bool = False,
+        progress: bool | None = None,
+        return_tokens: bool = False,
+        ragged: bool = False,
+    ):
+        """Passage embeddings: one (Ld, D) fp16 tensor a passage, in the order given; punctuation is dropped.
+
+        fp32: compute and return that. progress, return_tokens: as of `encode_queries`. ragged: return the one buffer
+        that the tensors are parts of, values (T, D), and offsets (N + 1,): passage i is
+        values[offsets[i] : offsets[i + 1]]. Memory holds the result once, and a few batches beside it.
+        Raises InputError where `texts` is not a list of texts.
+        """
+        texts = check_texts(texts)
+        chunks = [texts[start : start + TEXTS_PER_CHUNK] for start in range(0, len(texts), TEXTS_PER_CHUNK)]
+        pieces = [tokenize(self.tokenizer, chunk, self.config.doc_maxlen) for chunk in chunks or [[]]]
+        values, lengths = (np.concatenate(part) for part in zip(*pieces, strict=True))  # (T',), (N,)
+        counts = self.kept_counts(values, lengths)  # (N,)
+        starts, first = np.cumsum(lengths) - lengths, np.cumsum(counts) - counts
+        embeddings = np.empty((counts.sum(), self.config.dim), np.float32 if fp32 else np.float16)  # (T, D)
+        with progress_bar(len(texts), " passages", progress) as bar:
+            for rows in length_batches(lengths + FRAME, 4 * TOKENS_PER_BATCH.get(self.device.type, 32768)):
+                part = self.embed_passages(values[ranges(starts[rows], lengths[rows])], lengths[rows], fp32=fp32)
+                assert np.array_equal(part[1], counts[rows]), "kept tokens differ from what was counted"
+                embeddings[ranges(first[rows], counts[rows])] = part[0]
+                bar.update(len(rows))
+        embeddings = torch.from_numpy(embeddings)
+        if ragged:
+            embeddings = embeddings, torch.from_numpy(np.append(first, counts.sum()))
+        else:
+            embeddings = list(embeddings.split(counts.tolist()))
+        return (embeddings, self.passage_tokens(values, lengths)) if return_tokens else embeddings
+
+    def passage_tokens(self, values: np.ndarray, lengths: np.ndarray) -> list[list[str]]:
+        """The token strings of each passage that have an embedding, from word pieces: values (T,), lengths (N,)."""
+        tokens = []
+        for pieces in np.split(values, np.cumsum(lengths)[:-1]) if len(lengths) else []:
+            ids, mask = self.frame_passages(pieces, np.array([len(pieces)]))  # (1, Ld)
+            tokens.append(self.tokenizer.convert_ids_to_tokens(ids[self.kept(ids, mask)].tolist()))
+        return tokens
+
+    def score(self, queries, passages) -> Tensor:
+        """MaxSim (B, N), fp32, of queries (texts or embeddings) with passages (texts, embeddings or a ragged pair)."""
+        if not isinstance(queries, Tensor):
             queries = self.encode_queries(queries)
-        if not len(queries) or not len(passages):
-            return torch.zeros(len(queries), len(passages))
-        if isinstance(passages[0], str):
+        if isinstance(passages, tuple) and len(passages) == 2 and getattr(passages[1], "ndim", 0) == 1:
+            passages = passages[0].split(passages[1].diff().tolist())
+        elif not len(passages) or isinstance(passages[0], str):
             passages = self.encode_passages(passages)
-        lengths = torch.tensor([len(passage) for passage in passages], device=queries.device)
-        return maxsim_packed(queries, torch.cat(list(passages)).to(queries.device, torch.float32), lengths)
+        lengths = np.array([len(passage) for passage in passages], np.int64)  # (N,)
+        scores = torch.empty(len(queries), len(passages))  # (B, N)
+        for rows in neighbours(lengths, SCORE_TOKENS.get(self.device.type, 4096)):
+            block = torch.cat(list(passages[rows])).to(self.device, torch.float32)  # (T, D)
+            block_lengths = torch.from_numpy(lengths[rows]).to(self.device)
+            for start in range(0, len(queries), SCORE_QUERIES):
+                part = queries[start : start + SCORE_QUERIES].to(self.device, torch.float32)
+                scores[start : start + SCORE_QUERIES, rows] = maxsim_packed(part, block, block_lengths).cpu()
+        return scores
+
+    def rank(self, query: str | Tensor, passages, k: int | None = None) -> list[tuple[int, float]]:
+        """The k best passages (default: all) for one query, a text or its embeddings (Lq, D): pairs of the position in
+        `passages` and the score, the best first; equal scores in the order given. `passages` as for `score`.
+        """
+        if k is not None and k < 1:
+            raise InputError(f"k is {k}: ask for at least one passage")
+        scores = self.score([query] if isinstance(query, str) else query[None], passages)[0]
+        best, positions = scores.sort(descending=True, stable=True)
+        return list(zip(positions[:k].tolist(), best[:k].tolist(), strict=True))
+
+
+def check_texts(texts) -> list[str]:
+    """The texts as a list. Raises InputError unless each is a string: a lone one would be read letter by letter."""
+    if isinstance(texts, str):
+        raise InputError(f"one text, {texts[:40]!r}, where a list of texts is wanted: put it into a list")
+    texts = list(texts)
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"text {position} is of type {type(text).__name__}, not a string: drop or convert it")
+    return texts
+
+
+def progress_bar(total: int, unit: str, progress: bool | None):
+    """A bar always (True), never (False), or once it has taken PROGRESS_AFTER seconds (None)."""
+    delay = PROGRESS_AFTER if progress is None else 0
+    return tqdm(total=total, unit=unit, unit_scale=True, delay=delay, disable=progress is False)
 
 
 def frame(values, lengths, config: ColBERTConfig, marker_id: int, fill_id: int, width: int) -> tuple[Tensor, Tensor]:
@@ -450,13 +545,6 @@ def length_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarra
         batches.append(order[start : start + size])
         start += size
     return batches
-
-
-def token_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
-    """Rows in their order, grouped into batches of about `tokens_per_batch` tokens."""
-    ends = np.cumsum(lengths)
-    cuts = np.searchsorted(ends, np.arange(tokens_per_batch, ends[-1] if len(ends) else 0, tokens_per_batch))
-    return [rows for rows in np.split(np.arange(len(lengths)), np.unique(cuts)) if len(rows)]
 
 
 def to_device(batch, device):
@@ -489,6 +577,11 @@ def set_dropout(config, dropout: float | None, attention_dropout: float | None) 
 def first_of(*values):
     """The first value that is not None."""
     return next(value for value in values if value is not None)
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def fast_dtype(device) -> torch.dtype:

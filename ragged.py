@@ -4,6 +4,7 @@ Row i is `values[offsets[i]:offsets[i + 1]]`. Both files are plain .npy, memory-
 written, so neither reader nor writer holds more than the rows in hand.
 """
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,13 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """start, start + 1, ..., start + length - 1 of each range, one after the other: (sum of lengths,) int64."""
     shifts = starts - np.cumsum(lengths) + lengths
     return np.arange(lengths.sum()) + np.repeat(shifts, lengths)
+
+
+def neighbours(lengths: np.ndarray, size: int) -> list[slice]:
+    """Slices of neighbouring rows that hold about `size` values each, from the rows' lengths (n,)."""
+    edges = np.searchsorted(np.cumsum(lengths), np.arange(size, lengths.sum(), size))
+    edges = np.unique(np.concatenate([[0], edges, [len(lengths)]])).tolist()
+    return [slice(*pair) for pair in itertools.pairwise(edges)]
 
 
 class IdWriter:

@@ -4,6 +4,8 @@
     python retrieve.py ... --candidates top1000.dev     # reranking: exact MaxSim of the candidates of each query
     python retrieve.py ... --exact                      # every passage, streamed: the ground truth for all else
 
+    Searcher("index").search("what is late interaction?", k=10)     # the same in a notebook: pids, scores, texts
+
 reads   index/ (build_index.py; embeddings/ will do for the last two), model/ (train.py), queries (qid, query)
 writes  a run file, TREC (qid Q0 pid rank score tag) or MS MARCO (qid, pid, rank)
 
@@ -18,7 +20,9 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import faiss
 import numpy as np
@@ -30,49 +34,82 @@ from tqdm import tqdm
 
 import runs
 from artifact import InputError, check_file, peak_memory_mb, read_meta, run_stage
-from model import ColBERT, maxsim_packed, model_fingerprint
-from ragged import Ids, Ragged
-from tsv import read_queries
+from model import ColBERT, check_texts, default_device, maxsim_packed, model_fingerprint
+from ragged import Ids, Ragged, neighbours
+from tsv import Collection, read_queries
 
 RERANK_TOKENS = {"cpu": 4096, "cuda": 1 << 20}  # embeddings of candidates scored at a time
 EXACT_TOKENS = 4096  # embeddings scored at a time by exact search
 EXACT_QUERIES = 16  # against so many queries: their similarities, 8 MB, stay in the cache
 EXACT_PASSAGES = 2048  # passages whose scores are kept before they are merged into the best
+NPROBE, FAISS_DEPTH, BATCH_SIZE = 32, 1024, 32  # how hard to look, unless told otherwise; queries at a time
 
 Ranking = tuple[np.ndarray, np.ndarray]  # rows of passages and their scores, the best first
+
+
+class Hit(NamedTuple):
+    """A passage that was found; `text` where the collection is at hand."""
+
+    pid: str
+    score: float
+    text: str | None
 
 
 class Searcher:
     """An open index. Rows are positions in the collection; `pids.text(rows)` gives their ids."""
 
-    def __init__(self, index_dir, model=None, device="cpu", gpu_index: bool = False):
-        """Open an index folder; `model`, if given, is a model folder. Raises InputError if they do not fit."""
+    def __init__(self, index_dir, model=None, device=None, collection=None, gpu_index: bool = False):
+        """Open an index folder.
+
+        model: the model folder, collection: the file with the passages (.tsv or .tsv.gz); by default where the index
+        says that they were, looked for when first needed. device: by default the GPU if there is one.
+        Raises InputError where the folders do not fit together.
+        """
         self.meta = read_meta(index_dir, "index", "build_index.py", "embeddings")
-        self.index_dir, self.device, self.gpu_index = Path(index_dir), torch.device(device), gpu_index
+        self.index_dir, self.gpu_index = Path(index_dir), gpu_index
+        self.device = torch.device(device or default_device())
         self.embeddings, self.pids = Ragged(index_dir), Ids(Path(index_dir) / "pids.npy")
         # (T, D) fp16, memory-mapped; "c" is copy on write: torch wants it writable, and nothing is written
         self._values = torch.from_numpy(np.load(Path(index_dir) / "values.npy", mmap_mode="c"))
-        self._faiss = None
         self.seconds: dict[str, float] = {}  # where the time went
-        self.model = None
         if model is not None:
-            if model_fingerprint(model) != self.meta["model_fingerprint"]:
-                raise InputError(
-                    f"{index_dir}: made from another model ({self.meta['model']}) than {model}: search with that, or "
-                    "run doc2embedding.py and build_index.py again"
-                )
-            self.model = ColBERT.from_pretrained(model).to(self.device).eval()
+            self.model = self._load(model)
+        if collection is not None:
+            self.collection = Collection(collection)
 
-    @property
+    @cached_property
+    def model(self) -> ColBERT:
+        """The model that the index was made from."""
+        places = [self.index_dir.resolve() / (self.meta.get("model_path") or ""), Path(self.meta["model"])]
+        found = [place for place in places if (place / "config.json").is_file()]
+        if not found:
+            raise InputError(
+                f"{self.index_dir}: its model, {self.meta['model']}, is not there: give its folder as model"
+            )
+        return self._load(found[0])
+
+    def _load(self, folder) -> ColBERT:
+        if model_fingerprint(folder) != self.meta["model_fingerprint"]:
+            raise InputError(
+                f"{self.index_dir}: made from another model ({self.meta['model']}) than {folder}: search with that, or "
+                "run doc2embedding.py and build_index.py again"
+            )
+        return ColBERT.from_pretrained(folder, device=self.device)
+
+    @cached_property
+    def collection(self) -> Collection | None:
+        """The passages' texts, None where they are not at hand."""
+        path = self.index_dir.resolve() / (self.meta.get("collection_path") or "")
+        return Collection(path) if path.is_file() else None
+
+    @cached_property
     def faiss(self):
-        """The FAISS index, opened when first needed."""
-        if self._faiss is None:
-            if self.meta["kind"] != "index":
-                raise InputError(f"{self.index_dir}: embeddings without an index: run build_index.py, or use --exact")
-            index = faiss.read_index(str(self.index_dir / "faiss.index"), faiss.IO_FLAG_MMAP)
-            on_gpu = self.gpu_index and getattr(faiss, "get_num_gpus", int)()
-            self._faiss = faiss.index_cpu_to_all_gpus(index) if on_gpu else index
-        return self._faiss
+        """The FAISS index."""
+        if self.meta["kind"] != "index":
+            raise InputError(f"{self.index_dir}: embeddings without an index: run build_index.py, or use --exact")
+        index = faiss.read_index(str(self.index_dir / "faiss.index"), faiss.IO_FLAG_MMAP)
+        on_gpu = self.gpu_index and getattr(faiss, "get_num_gpus", int)()
+        return faiss.index_cpu_to_all_gpus(index) if on_gpu else index
 
     @contextmanager
     def _timed(self, what: str):
@@ -80,23 +117,78 @@ class Searcher:
         yield
         self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
 
+    def search(self, queries: str | list[str], k: int = 10, **effort) -> list[Hit] | list[list[Hit]]:
+        """The k best passages for a query, the best first; a list of such lists for a list of queries.
+
+        effort, for this call only: exact=True scores every passage; nprobe, faiss_depth, rerank_depth are the flags of
+        the same names. Raises InputError where the collection is not the one that the index was made from.
+        """
+        if k < 1:
+            raise InputError(f"k is {k}: ask for at least one passage")
+        rankings = self.rankings([queries] if isinstance(queries, str) else check_texts(queries), k, **effort)
+        hits = [self._hits(rows, scores) for rows, scores in rankings]
+        return hits[0] if isinstance(queries, str) else hits
+
+    def _hits(self, rows: np.ndarray, scores: np.ndarray) -> list[Hit]:
+        pids = self.pids.text(rows)
+        if self.collection is None:
+            return [Hit(pid, score, None) for pid, score in zip(pids, scores.tolist(), strict=True)]
+        hits = []
+        for row, pid, score in zip(rows.tolist(), pids, scores.tolist(), strict=True):
+            found, text = self.collection[row] if row < len(self.collection) else (None, None)
+            if found != pid:
+                raise InputError(
+                    f"{self.collection.path}:{row + 1}: pid {found!r}, but {pid!r} in {self.index_dir}: "
+                    "give the collection that the index was made from"
+                )
+            hits.append(Hit(pid, score, text))
+        return hits
+
+    def rankings(
+        self,
+        texts: list[str],
+        k: int,
+        candidates: list[np.ndarray] | None = None,
+        exact: bool = False,
+        nprobe: int = NPROBE,
+        faiss_depth: int = FAISS_DEPTH,
+        rerank_depth: int | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> Iterator[Ranking]:
+        """Yield the k best rows and their scores for each query, in batches.
+
+        Scored are the query's own `candidates` if they are given, every passage if `exact`, else what IVFPQ finds.
+        """
+        size = max(1, len(texts)) if exact else batch_size
+        starts = range(0, len(texts), size)
+        for start in tqdm(starts, disable=None if len(starts) > 1 else True, desc="search", unit=" batches"):
+            queries = self.encode(texts[start : start + size])  # (B, Lq, D)
+            if exact:
+                yield from self.exact(queries, k)
+            elif candidates is not None:
+                yield from self.rerank(queries, candidates[start : start + size], k)
+            else:
+                depth = rerank_depth or default_rerank_depth(k)
+                yield from self.rerank(queries, self.candidates(queries, nprobe, faiss_depth, depth), k)
+
     def encode(self, texts: list[str]) -> Tensor:
         """Query embeddings (B, Lq, D) fp32."""
         with self._timed("encode queries"):
-            return self.model.encode_queries(texts)
+            return self.model.encode_queries(texts, progress=False)
 
-    def search(self, queries: Tensor, k: int, nprobe: int, faiss_depth: int, rerank_depth: int) -> list[Ranking]:
-        """End-to-end search: the k best passages of each query (B, Lq, D), among those that IVFPQ finds."""
+    def candidates(self, queries: Tensor, nprobe: int, faiss_depth: int, rerank_depth: int) -> list[np.ndarray]:
+        """Rows of the passages that IVFPQ finds for each query (B, Lq, D), at most `rerank_depth`."""
         B, Lq, D = queries.shape
         with self._timed("IVFPQ"):
             self._set_nprobe(nprobe)
-            similarities, ids = self.faiss.search(queries.reshape(B * Lq, D).cpu().numpy(), faiss_depth)
+            vectors = queries.reshape(B * Lq, D).cpu().numpy()
+            similarities, ids = self.faiss.search(vectors, faiss_depth)
+            ids[~vectors.any(1)] = -1  # rows of zeros pad a query: they score 0 everywhere, and find nothing
         with self._timed("candidates"):
             rows = np.searchsorted(self.embeddings.offsets, ids.reshape(-1), side="right") - 1
             rows = rows.reshape(B, Lq, -1)  # -1 where FAISS found nothing (its id is -1)
             similarities = similarities.reshape(B, Lq, -1)
-            candidates = [best_candidates(*pair, rerank_depth) for pair in zip(rows, similarities, strict=True)]
-        return self.rerank(queries, candidates, k)
+            return [best_candidates(*pair, rerank_depth) for pair in zip(rows, similarities, strict=True)]
 
     def _set_nprobe(self, nprobe: int) -> None:
         index = self.faiss  # first of all: opening it tells whether there is one
@@ -114,20 +206,13 @@ class Searcher:
                 rankings.append((rows, np.zeros(0, np.float32)))
                 continue
             rows = np.sort(rows)  # the memory map is read from front to back
-            scores = [self._score(query[None].to(self.device), block) for block in self._split(rows)]
+            blocks = neighbours(self.embeddings.lengths(rows), RERANK_TOKENS[self.device.type])
+            scores = [self._score(query[None].to(self.device), rows[block]) for block in blocks]
             rankings.append(top(rows, np.concatenate(scores), k))
         return rankings
 
-    def _split(self, rows: np.ndarray) -> list[np.ndarray]:
-        """Rows in blocks of about RERANK_TOKENS embeddings."""
-        ends = np.cumsum(self.embeddings.lengths(rows))
-        size = RERANK_TOKENS[self.device.type]
-        return np.split(rows, np.unique(np.searchsorted(ends, np.arange(size, ends[-1], size))))
-
     def _score(self, query: Tensor, rows: np.ndarray) -> np.ndarray:
         """MaxSim (n,) of one query (1, Lq, D) with some passages."""
-        if not len(rows):
-            return np.zeros(0, np.float32)
         with self._timed("read embeddings"):
             positions, lengths = self.embeddings.positions(rows)
             embeddings = torch.index_select(self._values, 0, torch.from_numpy(positions))  # (T, D) fp16
@@ -141,7 +226,9 @@ class Searcher:
         best = torch.full((Q, 0), -torch.inf)  # (Q, up to k)
         best_rows = torch.zeros((Q, 0), dtype=torch.int64)
         scores, first = [], 0
-        for start, stop in tqdm(self._blocks(), disable=None, desc="exact", unit=" blocks"):
+        blocks = neighbours(np.diff(self.embeddings.offsets), EXACT_TOKENS)
+        for block in tqdm(blocks, disable=None, desc="exact", unit=" blocks"):
+            start, stop = block.start, block.stop
             with self._timed("MaxSim"):
                 values, lengths = self.embeddings.slice(start, stop)
                 block = torch.from_numpy(np.array(values)).to(self.device).float()  # (T, D)
@@ -155,13 +242,6 @@ class Searcher:
                     best_rows = torch.cat([best_rows, rows], 1).gather(1, at)
                     scores, first = [], stop
         return [top(rows, scores, k) for rows, scores in zip(best_rows.numpy(), best.numpy(), strict=True)]
-
-    def _blocks(self) -> list[tuple[int, int]]:
-        """Neighbouring passages of about EXACT_TOKENS embeddings in all."""
-        offsets = self.embeddings.offsets
-        edges = np.searchsorted(offsets, np.arange(EXACT_TOKENS, offsets[-1], EXACT_TOKENS))
-        edges = np.unique(np.concatenate([[0], edges, [len(self.embeddings)]]))
-        return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
 
 
 def best_candidates(rows: np.ndarray, similarities: np.ndarray, n: int) -> np.ndarray:
@@ -191,23 +271,14 @@ def top(rows: np.ndarray, scores: np.ndarray, k: int) -> Ranking:
 
 
 def search_all(searcher: Searcher, queries: dict[str, str], args) -> Iterator[tuple[str, list[str], list[float]]]:
-    """Yield (qid, pids, scores) of every query, in batches."""
+    """Yield (qid, pids, scores) of every query."""
     candidates = None
     if args.candidates:
-        candidates = runs.read_candidates(args.candidates, searcher.pids, queries)
-    qids, size = list(queries), len(queries) if args.exact else args.batch_size
-    for start in tqdm(range(0, len(qids), size), disable=None, desc="search", unit=" batches"):
-        batch = qids[start : start + size]
-        embeddings = searcher.encode([queries[qid] for qid in batch])
-        if args.exact:
-            rankings = searcher.exact(embeddings, args.k)
-        elif candidates is not None:
-            rankings = searcher.rerank(embeddings, [candidates[qid] for qid in batch], args.k)
-        else:
-            depth = args.rerank_depth or default_rerank_depth(args.k)
-            rankings = searcher.search(embeddings, args.k, args.nprobe, args.faiss_depth, depth)
-        for qid, (rows, scores) in zip(batch, rankings, strict=True):
-            yield qid, searcher.pids.text(rows), scores.tolist()
+        candidates = list(runs.read_candidates(args.candidates, searcher.pids, queries).values())
+    effort = {name: getattr(args, name) for name in ("exact", "nprobe", "faiss_depth", "rerank_depth", "batch_size")}
+    rankings = searcher.rankings(list(queries.values()), args.k, candidates, **effort)
+    for qid, (rows, scores) in zip(queries, rankings, strict=True):
+        yield qid, searcher.pids.text(rows), scores.tolist()
 
 
 def default_rerank_depth(k: int) -> int:
@@ -277,10 +348,10 @@ def parse_args():
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--candidates", type=Path, help="rerank these: top1000.dev, a run file, or qid, pid")
     how.add_argument("--exact", action=switch, default=False, help="score every passage")
-    parser.add_argument("--nprobe", type=int, default=32, help="lists looked into for each query token (default 32)")
-    parser.add_argument("--faiss_depth", type=int, default=1024, help="embeddings found for each (default 1024)")
+    parser.add_argument("--nprobe", type=int, default=NPROBE, help="lists searched for each query token (default 32)")
+    parser.add_argument("--faiss_depth", type=int, default=FAISS_DEPTH, help="embeddings found for each (default 1024)")
     parser.add_argument("--rerank_depth", type=int, help="passages scored exactly (default: k, at least 1000)")
-    parser.add_argument("--batch_size", type=int, default=32, help="queries at a time (default 32)")
+    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="queries at a time (default 32)")
     parser.add_argument("--cpu", action=switch, default=False, help="use the CPU even where there is a GPU")
     parser.add_argument("--gpu_index", action=switch, default=False, help="put the FAISS index on the GPUs too")
     return parser.parse_args()

@@ -262,7 +262,7 @@ def load_model(args, tokens_meta: dict) -> ColBERT:
     """The base model, as a ColBERT with the lengths the tokens were cut to. Raises InputError if they do not fit."""
     settings = Path(args.base_model) / "config.json"
     if settings.is_file() and json.loads(settings.read_text()).get("model_type") == "colbert":
-        model = ColBERT.from_pretrained(args.base_model)
+        model = ColBERT.from_pretrained(args.base_model, device="cpu")  # accelerate moves it
     else:
         model = ColBERT.from_base(
             args.base_model,

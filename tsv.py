@@ -5,11 +5,18 @@ Every error names the file, the line, what was found and what to do.
 
 import contextlib
 import gzip
+import os
+import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from artifact import InputError, check_file
+
+BLOCK = 1 << 22  # bytes looked through at a time
 
 
 @contextlib.contextmanager
@@ -71,6 +78,46 @@ def read_queries(path) -> dict[str, str]:
             raise InputError(f"{path}:{number}: qid {qid!r} a second time: a qid names one query")
         queries[qid] = text
     return queries
+
+
+class Collection:
+    """The lines of a collection by position: `len`, and (pid, passage) by `[row]`, read from disk one at a time.
+
+    Memory holds where each line begins, 8 bytes a line; a .gz is unpacked into a temporary file on disk.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        with open_bytes(path, "collection: pid, passage") as file:
+            if self.path.suffix == ".gz":
+                self.file = tempfile.TemporaryFile()  # noqa: SIM115 - read as long as this object lives
+                shutil.copyfileobj(file, self.file, BLOCK)
+            else:
+                self.file = open(path, "rb")  # noqa: SIM115
+        self.starts = line_starts(self.file)  # (n + 1,)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, row: int) -> tuple[str, str]:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        self.file.seek(self.starts[row])
+        fields = self.file.read(self.starts[row + 1] - self.starts[row]).decode().rstrip("\r\n").split("\t")
+        if len(fields) != 2:
+            raise InputError(f"{self.path}:{row + 1}: found {len(fields)} column(s), expected 2 (pid, passage)")
+        return fields[0], fields[1]
+
+
+def line_starts(file) -> np.ndarray:
+    """Where each line of a binary file begins, and where the last one ends (n + 1,) int64."""
+    size, ends = file.seek(0, os.SEEK_END), [np.zeros(1, np.int64)]
+    file.seek(0)
+    for start in range(0, size, BLOCK):
+        block = np.frombuffer(file.read(BLOCK), np.uint8)
+        ends.append(np.flatnonzero(block == ord("\n")) + start + 1)
+    starts = np.concatenate(ends)
+    return starts if starts[-1] == size else np.append(starts, size)  # the last line may lack its newline
 
 
 def count_lines(path) -> int:

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from artifact import InputError, check_file, fingerprint, publish, run_stage, write_meta
+from artifact import InputError, check_file, fingerprint, publish, run_stage, seen_from, write_meta
 from model import load_tokenizer, tokenize, tokenizer_fingerprint
 from ragged import Ids, IdWriter, NpyWriter, RaggedWriter
 from tsv import open_bytes, read_id_text, read_rows
@@ -242,6 +242,7 @@ def main(args):
             "dtype": dtype,
             "counts": counts,
             "passage_tokens": int(writers["passage"].writer.values.n_rows),
+            "collection_path": seen_from(args.output_dir, args.collection) if args.collection else None,
         }
         arrays = sorted(path for path in folder.rglob("*.npy") if path.stat().st_size)
         facts["bytes"] = sum(path.stat().st_size for path in arrays)

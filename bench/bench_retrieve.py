@@ -55,9 +55,8 @@ def main(args):
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(args.threads)
-    meta_model = Searcher(args.index_dir).meta["model"]
     before = status_bytes("RssAnon")
-    searcher = Searcher(args.index_dir, args.model or meta_model)
+    searcher = Searcher(args.index_dir, args.model, device="cpu")
     texts = list(read_queries(args.queries).values())
     texts = [texts[i] for i in np.linspace(0, len(texts) - 1, min(args.n_queries, len(texts))).astype(int)]
     queries = searcher.encode(texts)  # (Q, Lq, D)
@@ -69,9 +68,8 @@ def main(args):
     best = args.rerank_depth or default_rerank_depth(args.k)
 
     def search(batch, rerank_depth=best):
-        return searcher.search(
-            batch, k=args.k, nprobe=args.nprobe, faiss_depth=args.faiss_depth, rerank_depth=rerank_depth
-        )
+        rows = searcher.candidates(batch, args.nprobe, args.faiss_depth, rerank_depth)
+        return searcher.rerank(batch, rows, args.k)
 
     ways = {
         "reference": lambda i: retriever.search(queries[i], args.k, args.nprobe, args.faiss_depth),

@@ -23,6 +23,7 @@ os.environ |= {
     "WANDB_MODE": "disabled",
     "OMP_NUM_THREADS": "1",  # tiny tensors: more threads only wait for each other
     "TOKENIZERS_PARALLELISM": "false",
+    "CUDA_VISIBLE_DEVICES": "",  # models load onto a GPU by default
 }
 
 TOPICS = ["apple", "boat", "cloud", "drum", "eagle", "flute", "grape", "house"]

@@ -2,6 +2,7 @@
 
 import socket
 import string
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -266,7 +267,139 @@ def test_score_of_texts_equals_the_loop(colbert, fp32):
 
 def test_nothing_to_encode(colbert):
     assert colbert.encode_queries([]).shape == (0, 32, 16) and colbert.encode_passages([]) == []
+    values, offsets = colbert.encode_passages([], ragged=True)
+    assert values.shape == (0, 16) and offsets.tolist() == [0]
+    assert colbert.encode_passages([], return_tokens=True) == ([], [])
     assert colbert.score(["boat"], []).shape == (1, 0) and colbert.score([], ["boat"]).shape == (0, 1)
+
+
+# ------------------------------------------------------------------------------------------------------ for a notebook
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks so small that every loop over them runs several times."""
+    monkeypatch.setattr(model_module, "TOKENS_PER_BATCH", {"cpu": 64})
+    monkeypatch.setattr(model_module, "TEXTS_PER_CHUNK", 3)
+    monkeypatch.setattr(model_module, "SCORE_TOKENS", {"cpu": 50})
+    monkeypatch.setattr(model_module, "SCORE_QUERIES", 2)
+
+
+def test_encode_passages_keeps_the_order(colbert, small_blocks):
+    texts = [text for i in range(4) for text in (*TEXTS, "boat " * i, "near the house " * i)]
+    embeddings = colbert.encode_passages(texts, fp32=True)
+    assert len(embeddings) == len(texts)
+    for text, vectors in zip(texts, embeddings, strict=True):
+        assert vectors.dtype == torch.float32
+        assert torch.allclose(vectors, embed_alone(colbert, text)[0], atol=1e-5), text
+    values, offsets = colbert.encode_passages(texts, fp32=True, ragged=True)
+    assert offsets.dtype == torch.int64 and offsets.tolist()[0] == 0 and offsets.tolist()[-1] == len(values)
+    for i, vectors in enumerate(embeddings):
+        assert torch.equal(values[offsets[i] : offsets[i + 1]], vectors)
+    assert all(vectors.dtype == torch.float16 for vectors in colbert.encode_passages(texts[:3]))
+    assert len({vectors.untyped_storage().data_ptr() for vectors in embeddings}) == 1  # one buffer, no copies
+
+
+def test_encode_queries_keeps_the_order(colbert, small_blocks):
+    texts = [*TEXTS, "boat", "the drum?"]
+    together = colbert.encode_queries(texts, fp32=True)
+    assert together.shape == (10, 32, 16) and together.dtype == torch.float32
+    for text, vectors in zip(texts, together, strict=True):
+        assert torch.allclose(vectors, colbert.encode_queries([text], fp32=True)[0], atol=1e-5), text
+
+
+def test_fp32_is_full_fp32(colbert, monkeypatch):
+    monkeypatch.setattr(model_module, "fast_dtype", lambda device: torch.bfloat16)
+    for encode in (colbert.encode_queries, colbert.encode_passages):
+        fast, full = encode(["find the boat"])[0].float(), encode(["find the boat"], fp32=True)[0]
+        assert 1e-4 < (fast - full).abs().max() < 0.1
+    with torch.no_grad():
+        exact = colbert.embed(*colbert.frame_queries(*tokenize(colbert.tokenizer, ["find the boat"], 32)))
+    assert torch.equal(colbert.encode_queries(["find the boat"], fp32=True), exact)
+
+
+def test_tokens_go_with_the_embeddings(colbert, small_blocks):
+    embeddings, tokens = colbert.encode_passages(TEXTS, return_tokens=True)
+    assert [len(row) for row in tokens] == [len(vectors) for vectors in embeddings]
+    assert tokens[0] == ["[CLS]", "[D]", "the", "old", "boat", "and", "a", "drum", "[SEP]"]
+    assert tokens[1] == ["[CLS]", "[D]", "[SEP]"] and len(tokens[2]) == 180
+    (_, offsets), again = colbert.encode_passages(TEXTS, return_tokens=True, ragged=True)
+    assert again == tokens and offsets.diff().tolist() == [len(row) for row in tokens]
+    queries, tokens = colbert.encode_queries(["find the boat!", ""], return_tokens=True)
+    assert len(queries) == 2 and tokens[0][:7] == ["[CLS]", "[Q]", "find", "the", "boat", "!", "[SEP]"]
+    assert tokens[0][7:] == ["[MASK]"] * 25 and tokens[1] == ["[CLS]", "[Q]", "[SEP]", *["[MASK]"] * 29]
+
+
+def test_encoding_holds_the_result_once(encoder_dir):
+    colbert = ColBERT.from_base(encoder_dir, dim=128).eval()
+    texts = [f"boat {'drum ' * (i % 150)}" for i in range(1500)]
+    colbert.encode_passages(texts[:2])
+    tracemalloc.start()  # numpy's arrays are counted
+    values, _ = colbert.encode_passages(texts, ragged=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    result = values.numel() * values.element_size()
+    assert result > 25e6 and peak < 1.5 * result
+
+
+def test_score_in_blocks(colbert, small_blocks, fp32):
+    queries, passages = colbert.encode_queries(TEXTS[:5]), colbert.encode_passages(TEXTS * 3)
+    scores = colbert.score(queries, passages)
+    assert scores.shape == (5, 24) and scores.dtype == torch.float32
+    for query, row in zip(queries, scores, strict=True):
+        for passage, score in zip(passages, row.tolist(), strict=True):
+            assert score == pytest.approx(float((query @ passage.float().T).amax(1).sum()), abs=1e-4)
+    assert torch.equal(colbert.score(queries, colbert.encode_passages(TEXTS * 3, ragged=True)), scores)
+    assert torch.allclose(colbert.score(TEXTS[:5], TEXTS * 3), scores, atol=1e-4)
+
+
+def test_rank(colbert):
+    passages = ["the eagle", "the old boat", "boat", "the old boat", "a drum"]
+    scores = colbert.score(["find the boat"], passages)[0].tolist()
+    ranked = colbert.rank("find the boat", passages)
+    assert [position for position, _ in ranked] == sorted(range(5), key=lambda i: (-scores[i], i))
+    assert [score for _, score in ranked] == sorted(scores, reverse=True) and scores[1] == scores[3]
+    assert colbert.rank("find the boat", passages, k=2) == ranked[:2]
+    assert colbert.rank("find the boat", passages, k=99) == ranked
+    query = colbert.encode_queries(["find the boat"])[0]
+    assert colbert.rank(query, colbert.encode_passages(passages, ragged=True), k=3) == ranked[:3]
+    assert colbert.rank("find the boat", []) == []
+    assert [position for position, _ in colbert.rank("", ["boat"])] == [0]
+
+
+def test_what_is_no_list_of_texts(colbert):
+    for encode in (colbert.encode_queries, colbert.encode_passages):
+        with pytest.raises(InputError, match=r"one text, 'boat', where a list of texts is wanted"):
+            encode("boat")
+        with pytest.raises(InputError, match=r"text 1 is of type float, not a string"):
+            encode(["boat", float("nan")])
+        assert len(encode(text for text in ("boat", "drum"))) == 2
+    with pytest.raises(InputError, match="one text"):
+        colbert.score("boat", ["boat"])
+    with pytest.raises(InputError, match="k is 0"):
+        colbert.rank("boat", ["boat"], k=0)
+
+
+def test_a_bar_when_asked_for_or_when_it_takes_long(colbert, capsys, monkeypatch):
+    for encode, unit in ((colbert.encode_queries, "queries"), (colbert.encode_passages, "passages")):
+        encode(["boat"])
+        encode(["boat"], progress=False)
+        assert unit not in capsys.readouterr().err
+        encode(["boat"], progress=True)
+        assert unit in capsys.readouterr().err
+    monkeypatch.setattr(model_module, "PROGRESS_AFTER", 1e-9)
+    colbert.encode_passages(["boat"])
+    assert "1.00/1.00" in capsys.readouterr().err
+
+
+def test_a_model_loads_onto_the_best_device(colbert, tmp_path, monkeypatch):
+    colbert.save_pretrained(tmp_path)
+    monkeypatch.setattr(model_module, "default_device", lambda: torch.device("meta"))
+    assert ColBERT.from_pretrained(tmp_path).device.type == "meta"
+    assert ColBERT.from_pretrained(tmp_path, device="cpu").device.type == "cpu"
+
+
+# ------------------------------------------------------------------------------------------------- batches and weights
 
 
 def test_length_batches():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from artifact import InputError
-from ragged import Ids, IdWriter, NpyWriter, Ragged, RaggedWriter, allocate_npy, ranges
+from ragged import Ids, IdWriter, NpyWriter, Ragged, RaggedWriter, allocate_npy, neighbours, ranges
 
 ROWS = [[1, 2, 3], [], [4], [], [], [5, 6], [7, 8, 9, 10], []]
 
@@ -133,3 +133,12 @@ def test_a_late_word_among_many_numbers(tmp_path, monkeypatch):
 )
 def test_duplicates(tmp_path, ids, expected):
     assert write_ids(tmp_path / "ids.npy", ids).duplicate() == expected
+
+
+def test_neighbours_hold_every_row_once():
+    for lengths in ([], [5], [0, 0], [7, 1, 1, 9, 30, 2, 0, 4], [3] * 50):
+        slices = neighbours(np.array(lengths, np.int64), 10)
+        assert [row for part in slices for row in range(part.start, part.stop)] == list(range(len(lengths)))
+        for part in slices:
+            assert part.stop > part.start and sum(lengths[part][:-1]) < 20
+        assert len(slices) <= 1 + sum(lengths) // 10

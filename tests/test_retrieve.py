@@ -1,5 +1,6 @@
 """retrieve: at full effort the index finds what brute force finds, and brute force is three loops."""
 
+import gzip
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import torch
 from conftest import call_stage, launch_cli, run_stage_cli, succeed
 
 import runs
+from artifact import InputError
 from model import ColBERT
 from ragged import Ids, Ragged
 from retrieve import Searcher, best_candidates, top
@@ -177,3 +179,95 @@ def test_searcher_scores_without_a_model(index_dir):
         searcher.rerank(queries, everything, 10), searcher.exact(queries, 10), strict=True
     ):
         assert rows.tolist() == exact_rows.tolist() and np.allclose(scores, exact_scores, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------- in a notebook
+
+
+@pytest.fixture(scope="module")
+def searcher(index_dir) -> Searcher:
+    """As a notebook opens it: the model and the collection are found by themselves."""
+    return Searcher(index_dir)
+
+
+def test_searcher_gives_what_the_command_line_gives(searcher, search_arguments, toy_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    queries, passages = (read_queries(toy_dir / f"{name}.tsv") for name in ("queries", "collection"))
+    for flags, effort in (((), {}), (("--exact",), {"exact": True}), (("--nprobe", 1), {"nprobe": 1})):
+        succeed(call_stage("retrieve.py", *search_arguments, *flags, "--output", tmp_path / "run"))
+        found = searcher.search(list(queries.values()), 15, **effort)
+        expected = read_scores(tmp_path / "run")
+        assert len(found) == len(expected) == 16
+        for hits, (qid, ranking) in zip(found, expected.items(), strict=True):
+            assert [hit.pid for hit in hits] == list(ranking), qid
+            assert np.allclose([hit.score for hit in hits], list(ranking.values()), atol=1e-3)
+            assert [hit.text for hit in hits] == [passages[pid] for pid in ranking]
+
+
+def test_search_of_one_text_of_several_and_of_none(searcher):
+    hits = searcher.search("find the boat", 3)
+    assert len(hits) == 3 and hits[0].score >= hits[1].score >= hits[2].score
+    both = searcher.search(["find the boat", ""], 3)
+    assert [hit.pid for hit in both[0]] == [hit.pid for hit in hits] and len(both[1]) == 3
+    assert searcher.search([]) == [] and len(searcher.search("drum")) == 10 and len(searcher.search("drum", 99)) == 40
+    assert len(searcher.search(["drum"] * 70, 1)) == 70  # more than a batch
+    for k in (0, -1):
+        with pytest.raises(InputError, match="ask for at least one passage"):
+            searcher.search("drum", k)
+    with pytest.raises(InputError, match="text 0 is of type int"):
+        searcher.search([1])
+    with pytest.raises(TypeError, match="nprobes"):
+        searcher.search("drum", nprobes=3)
+
+
+def test_settings_do_not_stick(searcher):
+    before = searcher.search("drum and eagle", 40)
+    little = searcher.search("drum and eagle", 40, nprobe=1, faiss_depth=2, rerank_depth=3)
+    assert len(little) <= 3 < len(before)
+    assert searcher.search("drum and eagle", 40) == before
+    exact = searcher.search("drum and eagle", 40, exact=True)
+    assert searcher.search("drum and eagle", 40) == before
+    assert [hit.pid for hit in exact] == [hit.pid for hit in before]
+
+
+def test_rows_of_zeros_pad_a_query(searcher):
+    query = searcher.encode(["drum"])[:, :5]
+    padded = torch.cat([query, torch.zeros(1, 3, 16)], 1)
+    (few,), (also_few,) = (searcher.candidates(vectors, 1, 2, 100) for vectors in (query, padded))
+    assert few.tolist() == also_few.tolist() and len(few) < 40
+    (plain,), (same,) = (searcher.exact(vectors, 5) for vectors in (query, padded))
+    assert plain[0].tolist() == same[0].tolist() and np.allclose(plain[1], same[1], atol=1e-5)
+
+
+def test_moved_together_the_folders_find_each_other(model_dir, index_dir, toy_dir, tmp_path):
+    base = model_dir.parent.parent
+    assert index_dir.parent.parent == toy_dir.parent == base
+    for folder in (model_dir, index_dir, toy_dir):
+        shutil.copytree(folder, tmp_path / folder.relative_to(base))
+    searcher = Searcher(tmp_path / index_dir.relative_to(base))
+    assert searcher.search("drum", 1)[0].text
+    assert str(tmp_path) in str(searcher.model.name_or_path) and tmp_path in searcher.collection.path.resolve().parents
+
+
+def test_a_folder_that_is_gone(index_dir, toy_dir, model_dir, tmp_path):
+    shutil.copytree(index_dir, tmp_path / "index")
+    meta = json.loads((tmp_path / "index/meta.json").read_text())
+    meta |= {"model": "gone", "model_path": "../gone", "collection_path": None}
+    (tmp_path / "index/meta.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match=r"its model, gone, is not there: give its folder as model"):
+        Searcher(tmp_path / "index").search("drum")
+    assert [hit.text for hit in Searcher(tmp_path / "index", model_dir).search("drum", 2)] == [None, None]
+
+    lines = (toy_dir / "collection.tsv").read_bytes().splitlines(keepends=True)
+    (tmp_path / "right.tsv.gz").write_bytes(gzip.compress(b"".join(lines)))
+    hits = Searcher(tmp_path / "index", model_dir, collection=tmp_path / "right.tsv.gz").search("drum", 40)
+    assert {f"{hit.pid}\t{hit.text}\n".encode() for hit in hits} == set(lines)
+    for wrong, message in (
+        (lines[1:] + lines[:1], r"wrong\.tsv:\d+: pid 'p\d+', but 'p\d+' in"),
+        (lines[:1], "pid None"),
+    ):
+        (tmp_path / "wrong.tsv").write_bytes(b"".join(wrong))
+        with pytest.raises(InputError, match=message):
+            Searcher(tmp_path / "index", model_dir, collection=tmp_path / "wrong.tsv").search("drum", 2)
+    with pytest.raises(InputError, match="no such file"):
+        Searcher(tmp_path / "index", model_dir, collection=tmp_path / "none.tsv")

@@ -1,0 +1,160 @@
+"""explain: its rows and its sum against plain loops and `score`; its pictures by what they hold."""
+
+import io
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.patches import Rectangle
+from test_model import modernbert, train_tokenizer, xlm_roberta
+
+import model as model_module
+from explain import COLUMNS, explain
+from model import ColBERT
+
+QUERY = "find the old boat, and <b>drums</b>?"
+PASSAGES = [
+    "The old boat, and a drum!",
+    "",
+    "?!...",
+    "house " * 600,
+    "a <script>alert('boat & drum')</script>   \"eagle\"\n grape",
+    "\u00e9 \u65e5\u672c \u2014 Unknown, boats",
+]
+
+
+@pytest.fixture(scope="module")
+def colbert(encoder_dir):
+    torch.manual_seed(1)
+    return ColBERT.from_base(encoder_dir, dim=16).eval()
+
+
+@pytest.fixture(autouse=True)
+def fp32(monkeypatch):
+    monkeypatch.setattr(model_module, "fast_dtype", lambda device: torch.float32)
+
+
+@pytest.mark.parametrize("passage", PASSAGES)
+def test_rows_are_the_loop_and_sum_to_the_score(colbert, passage):
+    found = explain(colbert, QUERY, passage)
+    query, tokens = colbert.encode_queries([QUERY])[0].tolist(), found.passage_tokens
+    stored = colbert.encode_passages([passage])[0].float().tolist()
+    assert len(found.matches()) == 32 and len(stored) == len(tokens) == len(found.spans)
+    for q, match in zip(query, found.matches(), strict=True):
+        similarities = [sum(a * b for a, b in zip(q, d, strict=True)) for d in stored]
+        assert match.similarity == pytest.approx(max(similarities), abs=1e-5)
+        assert similarities[match.position] == pytest.approx(max(similarities), abs=1e-5)
+        assert match.passage_token == tokens[match.position]
+    score = colbert.score([QUERY], [passage]).item()
+    assert found.score == pytest.approx(score, abs=1e-4)
+    assert sum(match.similarity for match in found.matches()) == pytest.approx(score, abs=1e-4)
+    assert repr(found).startswith(f"score {found.score:.2f} = ")
+
+
+def test_tokens_are_pieces_of_the_texts(colbert):
+    found = explain(colbert, "Find the EAGLE, [MASK]", "A flute; [SEP] floats")
+    words = ["Find", "the", "EAGLE", ",", "[", "m", "a", "s", "k", "]"]
+    assert [token.lower() for token in found.query_tokens[2:12]] == [word.lower() for word in words]
+    assert found.query_tokens[:2] == ["[CLS]", "[Q]"] and found.query_tokens[12] == "[SEP]"
+    assert found.query_tokens[13:] == ["[MASK]"] * 19 and found.is_fill.tolist() == [False] * 13 + [True] * 19
+    assert found.passage_tokens[:4] == ["[CLS]", "[D]", "A", "flute"] and found.passage_tokens[-1] == "[SEP]"
+    assert "".join(found.passage_tokens[4:-1]) == "SEPfloats"  # brackets and the semicolon are dropped
+    for token, (start, stop) in zip(found.passage_tokens[2:-1], found.spans[2:-1], strict=True):
+        assert found.passage[start:stop] == token
+    assert found.spans[:2] == [(0, 0)] * 2 and found.spans[-1] == (len(found.passage),) * 2
+
+
+def test_what_the_model_does_not_read_is_told_apart(colbert):
+    found = explain(colbert, QUERY, "house " * 600)
+    assert found.spans[-1] == (177 * 6 - 1,) * 2
+    shown = Page(found)
+    assert shown.unread == " house" * 423 + " " and shown.text == found.passage
+    assert Page(explain(colbert, QUERY, "house " * 177)).unread == ""
+
+
+class Page(HTMLParser):
+    """The passage as the HTML shows it, without special tokens and what stands over the words; and its unread end."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.text, self.unread, self.titles, self.over, self.open = "", "", [], [], []
+        page = found._repr_html_()
+        self.query, passage = page.split("<hr>")
+        self.feed(passage)
+        self.close()
+        assert self.open == [] and page.startswith("<div") and passage.endswith("</div>")
+        self.open = None
+
+    def handle_starttag(self, tag, attributes):
+        title = dict(attributes).get("title", "")
+        self.titles += [title] if title else []
+        self.open.append(tag if "not read" not in title else "unread")
+
+    def handle_endtag(self, tag):
+        if tag != "div":
+            assert self.open.pop() in (tag, "unread")
+
+    def handle_data(self, data):
+        if "rt" in self.open:
+            self.over.append(data)
+        elif "small" not in self.open:
+            self.text += data
+            self.unread += data if "unread" in self.open else ""
+
+
+@pytest.mark.parametrize("passage", PASSAGES)
+def test_html_shows_the_passage_as_it_is(colbert, passage):
+    found = explain(colbert, QUERY, passage)
+    page = Page(found)
+    assert page.text == passage
+    assert "<script" not in found._repr_html_() and "<b>drums" not in found._repr_html_()
+    titles = ", ".join(page.titles)
+    words = [match for match, is_fill in zip(found.matches(), found.is_fill, strict=True) if not is_fill]
+    assert all(f"{match.query_token} {match.similarity:.2f}" in titles for match in words)
+    assert page.query.count("<sub") == len(words)
+    n_fill = sum(int(part.split()[0]) for part in titles.split(", ") if part.endswith(" [MASK]"))
+    assert n_fill == found.is_fill.sum()
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("passage", PASSAGES)
+def test_heatmap_shows_every_token(colbert, passage):
+    found = explain(colbert, QUERY, passage)
+    figure = found.heatmap()
+    labels = [label.get_text() for axes in figure.axes for label in axes.get_xticklabels()]
+    assert labels == found.passage_tokens
+    n_words = int((~found.is_fill).sum())
+    assert len(figure.axes) == -(-len(labels) // COLUMNS)
+    frames = [(patch.get_y(), patch.get_x()) for axes in figure.axes for patch in axes.patches]
+    assert all(isinstance(patch, Rectangle) for axes in figure.axes for patch in axes.patches)
+    assert sorted(frames) == [(row - 0.5, match.position - 0.5) for row, match in enumerate(found.matches()[:n_words])]
+    assert sum(int(text.get_text()) for axes in figure.axes for text in axes.texts) == 32 - n_words
+    shown = np.concatenate([axes.images[0].get_array() for axes in figure.axes], axis=1)
+    assert np.array_equal(shown, found.similarity[:n_words])
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=40)
+    assert picture.getvalue()[:4] == b"\x89PNG"
+
+
+def test_a_query_without_fill(colbert):
+    found = explain(colbert, "drum " * 40, "boat")
+    assert not found.is_fill.any() and "[MASK]" not in repr(found) + found._repr_html_()
+    assert not any(axes.texts for axes in found.heatmap().axes)
+
+
+@pytest.mark.parametrize("build, kind", [(modernbert, "bpe"), (xlm_roberta, "unigram")])
+def test_other_tokenizers(build, kind, tmp_path):
+    """Their pieces hold the space before a word, or a part of a character."""
+    tokenizer = train_tokenizer(kind)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "pad")}
+    build(len(tokenizer), ids).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    colbert = ColBERT.from_base(tmp_path, dim=16).eval()
+    for passage in ("the old boat, and  a drum", "apple cloud \u00e9 \u65e5\u672c", " eagle"):
+        found = explain(colbert, "find the eagle", passage)
+        assert found.score == pytest.approx(colbert.score(["find the eagle"], [passage]).item(), abs=1e-4)
+        assert Page(found).text == passage
+        for token, (start, stop) in zip(found.passage_tokens, found.spans, strict=True):
+            if stop > start:
+                assert token == passage[start:stop] == token.strip()
