@@ -314,7 +314,7 @@ def test_fp32_is_full_fp32(colbert, monkeypatch):
         fast, full = encode(["find the boat"])[0].float(), encode(["find the boat"], fp32=True)[0]
         assert 1e-4 < (fast - full).abs().max() < 0.1
     with torch.no_grad():
-        exact = colbert.embed(*colbert.frame_queries(*tokenize(colbert.tokenizer, ["find the boat"], 32)))
+        exact = colbert.embed(colbert.frame_queries(*tokenize(colbert.tokenizer, ["find the boat"], 32)))
     assert torch.equal(colbert.encode_queries(["find the boat"], fp32=True), exact)
 
 
