@@ -8,7 +8,7 @@ TRIPLES=$SQUAD/qidpidtriples.train.tsv.gz
 DEV_QUERIES=$SQUAD/queries.dev.tsv
 DEV_QRELS=$SQUAD/qrels.dev.tsv
 source configs/minilm.sh
-TRAIN+=(--max_steps 1000 --lr 1e-4 --warmup_steps 100 --save_steps 200)
+TRAIN+=(--max_steps 1000 --warmup_steps 100 --save_steps 100)
 
 prepare() { :; }
 
