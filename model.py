@@ -27,7 +27,7 @@ from ragged import neighbours, ranges
 MARKERS = {"query": "[Q]", "passage": "[D]"}  # tokens of their own, after [CLS] (paper, section 3.2)
 FRAME = 3  # [CLS], the marker and [SEP] around the word pieces
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 131072}  # passages are batched by tokens; a small batch stays in the cache
-TEXTS_PER_CHUNK = 4096  # texts tokenised at a time: what the tokenizer gives back takes hundreds of bytes a token
+TEXTS_PER_CHUNK = 1024  # texts tokenised at a time: what the tokenizer gives back takes hundreds of bytes a token
 SCORE_QUERIES, SCORE_TOKENS = 16, {"cpu": 4096, "cuda": 1 << 20}  # scored at a time, as retrieve.py does
 PROGRESS_AFTER = 5  # seconds after which a bar appears by itself
 
