@@ -123,8 +123,9 @@ class Explanation:
                     if at in columns:
                         axes.text(at, Lq - 1, n, ha="center", va="center", fontsize=9)
             axes.set(xlim=(columns.start - 0.5, columns.start + width - 0.5), ylim=(Lq - 0.5, -0.5))
-            axes.set_xticks(columns, [self.passage_tokens[at] for at in columns], rotation=90, fontsize=9)
-            axes.set_yticks(range(Lq), labels, fontsize=9)
+            style = {"fontsize": 9, "parse_math": False}  # a "$" is a "$"
+            axes.set_xticks(columns, [self.passage_tokens[at] for at in columns], rotation=90, **style)
+            axes.set_yticks(range(Lq), labels, **style)
             axes.xaxis.tick_top()
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)

@@ -35,7 +35,7 @@ MARKERS = {"query": "[Q]", "passage": "[D]"}  # tokens of their own, after [CLS]
 FRAME = 3  # [CLS], the marker and [SEP] around the word pieces
 MAXSIM_BYTES = {"cpu": 1 << 23, "cuda": 1 << 29}  # similarities held at a time in training
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 131072}  # passages are batched by tokens; a small batch stays in the cache
-TEXTS_PER_CHUNK = 4096  # texts tokenised at a time: what the tokenizer gives back takes hundreds of bytes a token
+TEXTS_PER_CHUNK = 1024  # texts tokenised at a time: what the tokenizer gives back takes hundreds of bytes a token
 SCORE_QUERIES, SCORE_TOKENS = 16, {"cpu": 4096, "cuda": 1 << 20}  # scored at a time, as retrieve.py does
 PROGRESS_AFTER = 5  # seconds after which a bar appears by itself
 

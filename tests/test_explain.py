@@ -13,7 +13,7 @@ import model as model_module
 from explain import COLUMNS, explain
 from model import ColBERT
 
-QUERY = "find the old boat, and <b>drums</b>?"
+QUERY = "find the $old$ boat, and <b>drums</b>?"
 PASSAGES = [
     "The old boat, and a drum!",
     "",
