@@ -31,9 +31,16 @@ class ColBERTConfig(PreTrainedConfig):
     """What is needed to give the same vectors again: the encoder's own config and how text is framed.
 
     encoder: config of the Hugging Face encoder, as a dict with its `model_type`.
-    dim: size of a token embedding. query_maxlen, doc_maxlen: tokens with the three special ones.
+    dim: size of a token embedding. query_maxlen, doc_maxlen: tokens with the special ones.
     mask_punctuation: drop the embeddings of punctuation in passages; `skiplist` holds the token ids dropped.
     attend_to_mask_tokens: whether the [MASK] fill of a query is attended to (v1: no).
+
+    What training here leaves as it is, and checkpoints of other libraries may not (layouts.py):
+    expand_queries_to: queries are filled with [MASK] to so many tokens (None: to query_maxlen; 0: not at all).
+    query_marker_id, passage_marker_id: the token after [CLS] (None: there is none).
+    query_prompt, passage_prompt: put before each text. strip_texts: white space around it is cut off.
+    dense: the layers from hidden to `dim`, one dict each (see `Dense`); None is one linear layer without bias.
+    normalize: embeddings have unit length.
     """
 
     model_type = "colbert"
@@ -51,6 +58,12 @@ class ColBERTConfig(PreTrainedConfig):
         cls_token_id: int | None = None,
         mask_token_id: int | None = None,
         skiplist: tuple[int, ...] | list[int] = (),
+        expand_queries_to: int | None = None,
+        query_prompt: str = "",
+        passage_prompt: str = "",
+        strip_texts: bool = False,
+        dense: list[dict] | None = None,
+        normalize: bool = True,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -65,6 +78,26 @@ class ColBERTConfig(PreTrainedConfig):
         self.cls_token_id = cls_token_id
         self.mask_token_id = mask_token_id
         self.skiplist = list(skiplist)
+        self.expand_queries_to = query_maxlen if expand_queries_to is None else expand_queries_to
+        self.query_prompt = query_prompt
+        self.passage_prompt = passage_prompt
+        self.strip_texts = strip_texts
+        self.dense = dense
+        self.normalize = normalize
+
+    def frame(self, kind: str) -> tuple[list[int], int]:
+        """The special tokens around the word pieces of a query or a passage: those before, and [SEP]."""
+        marker = self.query_marker_id if kind == "query" else self.passage_marker_id
+        return [self.cls_token_id, *([] if marker is None else [marker])], self.sep_token_id
+
+    def pieces(self, kind: str) -> int:
+        """How many word pieces of a query or a passage fit beside the special tokens."""
+        maxlen = self.query_maxlen if kind == "query" else self.doc_maxlen
+        return maxlen - len(self.frame(kind)[0]) - 1
+
+    def texts(self) -> dict:
+        """How a text is prepared before it is cut into word pieces: arguments of `prepare_texts`."""
+        return {"query": self.query_prompt, "passage": self.passage_prompt, "strip": self.strip_texts}
 
 
 AutoConfig.register("colbert", ColBERTConfig)  # so that a tokenizer loads from a ColBERT folder without a warning
@@ -88,6 +121,13 @@ def tokenizer_fingerprint(tokenizer) -> str:
     """Fingerprint of what turns text into word pieces; the same before and after [Q] and [D] are added."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     return fingerprint(*(json.dumps(parts[key], sort_keys=True) for key in ("normalizer", "pre_tokenizer", "model")))
+
+
+def prepare_texts(texts: list[str], kind: str, settings: dict) -> list[str]:
+    """Texts of a kind, each with its prompt, without the white space around it: `settings` of ColBERTConfig.texts."""
+    if settings[kind]:
+        texts = [settings[kind] + text for text in texts]
+    return [text.strip() for text in texts] if settings["strip"] else texts
 
 
 def tokenize(tokenizer, texts: list[str], maxlen: int) -> tuple[np.ndarray, np.ndarray]:
@@ -158,6 +198,28 @@ def maxsim_packed(queries: Tensor, embeddings: Tensor, lengths: Tensor) -> Tenso
 # ------------------------------------------------------------------------------------------------------------- model
 
 
+class Dense(nn.Module):
+    """A layer between the encoder and the embeddings that is more than a matrix: activation(Wx + b), plus a residual.
+
+    activation: name of a class of torch.nn. residual: add the input, through a matrix where its size differs.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, activation: str, residual: bool):
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, bias=bias)
+        self.activation = getattr(nn, activation)()
+        self.add_input = residual
+        if residual and in_features != out_features:
+            self.residual = nn.Linear(in_features, out_features, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden (..., in_features); returns (..., out_features)."""
+        out = self.activation(self.linear(hidden))
+        if not self.add_input:
+            return out
+        return out + (self.residual(hidden) if hasattr(self, "residual") else hidden)
+
+
 class ColBERT(PreTrainedModel):
     """An encoder, a linear layer to `dim` without bias, and L2 normalisation; the tokenizer comes along."""
 
@@ -170,14 +232,18 @@ class ColBERT(PreTrainedModel):
         encoder_config = AutoConfig.for_model(**config.encoder)
         self.encoder = AutoModel.from_config(encoder_config)
         drop_pooler(self.encoder)
-        self.linear = nn.Linear(encoder_config.hidden_size, config.dim, bias=False)
+        if config.dense is None:
+            self.linear = nn.Linear(encoder_config.hidden_size, config.dim, bias=False)
+        else:
+            self.linear = nn.Sequential(*(Dense(**layer) for layer in config.dense))
         self.tokenizer = tokenizer
+        self.meta = None  # what meta.json says of the training, where the model came with one
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         # Rows of the projection begin orthonormal, which keeps most of the encoder's geometry (the encoder
         # initialises itself). Called for what a checkpoint lacks, never for what it has.
-        if module is getattr(self, "linear", None):
+        if module is getattr(self, "linear", None) and isinstance(module, nn.Linear):
             nn.init.orthogonal_(module.weight)
 
     @classmethod
@@ -201,40 +267,54 @@ class ColBERT(PreTrainedModel):
         marker_ids = {kind: tokenizer.convert_tokens_to_ids(marker) for kind, marker in MARKERS.items()}
         with torch.no_grad():
             encoder.get_input_embeddings().weight[list(marker_ids.values())] = mean
-        longest = getattr(encoder.config, "max_position_embeddings", 1 << 30)
-        positions = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
-        if getattr(positions, "padding_idx", None) is not None:  # RoBERTa counts positions from there
-            longest -= positions.padding_idx + 1
-        config = ColBERTConfig(
-            encoder=encoder.config.to_dict(),
-            query_marker_id=marker_ids["query"],
-            passage_marker_id=marker_ids["passage"],
-            cls_token_id=first_of(tokenizer.cls_token_id, tokenizer.bos_token_id),
-            sep_token_id=first_of(tokenizer.sep_token_id, tokenizer.eos_token_id),
-            mask_token_id=tokenizer.mask_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            skiplist=punctuation_ids(tokenizer),
-            **settings,
-        )
-        if max(config.query_maxlen, config.doc_maxlen) > longest:
-            asked = max(config.query_maxlen, config.doc_maxlen)
-            raise InputError(f"{base_model}: takes {longest} tokens, {asked} were asked for")
+        settings |= {"query_marker_id": marker_ids["query"], "passage_marker_id": marker_ids["passage"]}
+        return cls.on_encoder(base_model, encoder, tokenizer, skiplist=punctuation_ids(tokenizer), **settings)
+
+    @classmethod
+    def on_encoder(cls, name, encoder: nn.Module, tokenizer, **settings) -> "ColBERT":
+        """A ColBERT around an encoder in memory, its projection new; `name` is for messages.
+
+        settings: fields of ColBERTConfig. Raises InputError where they ask for more tokens than the encoder takes.
+        """
+        config = ColBERTConfig(encoder=encoder.config.to_dict(), **{**special_token_ids(tokenizer), **settings})
+        longest, asked = longest_input(encoder), max(config.query_maxlen, config.doc_maxlen)
+        if asked > longest:
+            raise InputError(f"{name}: takes {longest} tokens, {asked} were asked for")
         model = cls(config, tokenizer)
         drop_pooler(encoder)
         model.encoder = encoder
         return model
 
     @classmethod
-    def from_pretrained(cls, name_or_path, *args, **kwargs) -> "ColBERT":
-        """Load weights, settings and tokenizer from one folder (or hub name), in eval mode."""
-        model = super().from_pretrained(name_or_path, *args, **kwargs)
-        model.tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        return model
+    def from_pretrained(cls, name_or_path, *args, revision: str | None = None, **kwargs) -> "ColBERT":
+        """Load weights, settings and tokenizer of a checkpoint of any layout (see layouts.py), in eval mode.
 
-    def save_pretrained(self, path, *args, **kwargs) -> None:
-        """Write weights, settings and tokenizer into one folder."""
-        super().save_pretrained(path, *args, **kwargs)
-        self.tokenizer.save_pretrained(path)
+        name_or_path: a folder, v1's .dnn file, or a name on the hub, of which `revision` picks a version. args and
+        kwargs go to Hugging Face, for a folder of our own layout. Raises InputError where the checkpoint cannot be
+        honoured to the letter.
+        """
+        import layouts  # here, because it reads this module
+
+        return layouts.load(cls, name_or_path, revision, super().from_pretrained, *args, **kwargs)
+
+    def save_pretrained(self, path, *args, layout: str = "nanocolbert", **kwargs) -> None:
+        """Write weights, settings and tokenizer into one folder, for the library that `layout` names.
+
+        layout: one of layouts.LAYOUTS. Raises InputError where that layout cannot say what this model does.
+        """
+        if layout == "nanocolbert":
+            super().save_pretrained(path, *args, **kwargs)
+            self.tokenizer.save_pretrained(path)
+        else:
+            import layouts
+
+            layouts.save(self, path, layout)
+
+    def push_to_hub(self, repo_id: str, layout: str = "nanocolbert", **kwargs) -> str:
+        """Upload the model and its card to the hub; kwargs of HfApi.create_repo. Returns the repository's address."""
+        import layouts
+
+        return layouts.push(self, repo_id, layout, **kwargs)
 
     # ------------------------------------------------------------------------------------------- tokens to embeddings
 
@@ -242,21 +322,46 @@ class ColBERT(PreTrainedModel):
         """[CLS] [Q] w1 ... wn [SEP], filled with [MASK] to query_maxlen (paper, section 3.2).
 
         values (T,), lengths (B,): word-piece ids, cut to fit. Returns input_ids (B, Lq) and attention_mask (B, Lq).
+        Where queries are filled to less (`expand_queries_to`), longer ones make the rest of the batch padded.
         """
-        config = self.config
-        ids, mask = frame(values, lengths, config, config.query_marker_id, config.mask_token_id, config.query_maxlen)
-        return ids, (mask if not config.attend_to_mask_tokens else torch.ones_like(mask))
+        config, fill = self.config, self.config.expand_queries_to
+        longest = len(config.frame("query")[0]) + int(lengths.max(initial=0)) + 1
+        ids, mask = frame(values, lengths, config, "query", max(fill, min(longest, config.query_maxlen)))
+        ids[:, :fill][mask[:, :fill] == 0] = config.mask_token_id
+        if config.attend_to_mask_tokens:
+            mask[:, :fill] = 1
+        return ids, mask
 
     def frame_passages(self, values: np.ndarray, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
         """[CLS] [D] w1 ... wn [SEP], padded to the longest. Arguments and result as of `frame_queries`."""
         config = self.config
-        width = min(config.doc_maxlen, int(lengths.max()) + FRAME)
-        return frame(values, lengths, config, config.passage_marker_id, config.pad_token_id, width)
+        width = min(config.doc_maxlen, len(config.frame("passage")[0]) + int(lengths.max()) + 1)
+        return frame(values, lengths, config, "passage", width)
+
+    def tokenize(self, texts: list[str], kind: str) -> tuple[np.ndarray, np.ndarray]:
+        """Word-piece ids (T,) int32 and lengths (n,) of queries or passages, as `frame_queries` or `_passages` want."""
+        return tokenize(
+            self.tokenizer, prepare_texts(texts, kind, self.config.texts()), self.config.pieces(kind) + FRAME
+        )
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Unit token embeddings (B, L, D), fp32, of framed tokens (B, L)."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, L, H)
-        return F.normalize(self.linear(hidden).float(), dim=-1)
+        embeddings = self.linear(hidden).float()
+        return F.normalize(embeddings, dim=-1) if self.config.normalize else embeddings
+
+    def embed_queries(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embeddings (B, Lq, D) of framed queries; the [MASK] fill has its own.
+
+        Positions that only pad a query to the longest of its batch, which there are where queries are not filled to
+        query_maxlen, are rows of zeros: they add 0 to every MaxSim.
+        """
+        embeddings, config = self.embed(input_ids, attention_mask), self.config
+        if config.expand_queries_to >= input_ids.shape[1]:
+            return embeddings
+        scored = attention_mask.bool()
+        scored[:, : config.expand_queries_to] = True
+        return embeddings * scored[..., None]
 
     def kept(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Which passage tokens are stored and scored (B, L): the real ones that are no punctuation."""
@@ -290,7 +395,9 @@ class ColBERT(PreTrainedModel):
             keep[self.config.skiplist] = 0
         before = np.concatenate([[0], np.cumsum(keep[values])])  # (T + 1,) kept tokens before each token
         starts = np.cumsum(lengths) - lengths
-        return before[starts + np.minimum(lengths, self.config.doc_maxlen - FRAME)] - before[starts] + FRAME
+        head, sep = self.config.frame("passage")
+        framing = int(keep[[*head, sep]].sum())
+        return before[starts + np.minimum(lengths, self.config.pieces("passage"))] - before[starts] + framing
 
     def check_tokens(self, name, tokens_dir, tokens_meta: dict) -> None:
         """Raise InputError unless the tokens were made by this model's tokenizer and cut no shorter than it reads."""
@@ -299,8 +406,14 @@ class ColBERT(PreTrainedModel):
                 f"{tokens_dir}: tokenised by {tokens_meta['tokenizer']}, another tokenizer than {name}'s: "
                 f"run tsv2mmap.py with --tokenizer {name}"
             )
-        for setting in ("query_maxlen", "doc_maxlen"):
-            wanted, found = getattr(self.config, setting), tokens_meta[setting]
+        as_read = self.config.texts()
+        if as_read != tokens_meta.get("texts", ColBERTConfig().texts()):
+            raise InputError(
+                f"{tokens_dir}: without the prompts that {name} puts before texts, {as_read}: "
+                f"run tsv2mmap.py with --tokenizer {name}"
+            )
+        for kind, setting in (("query", "query_maxlen"), ("passage", "doc_maxlen")):
+            wanted, found = self.config.pieces(kind) + FRAME, tokens_meta[setting]  # tsv2mmap.py leaves room for FRAME
             if wanted > found:
                 raise InputError(
                     f"{tokens_dir}: cut to {setting} {found}, {name} reads {wanted}: "
@@ -319,7 +432,7 @@ class ColBERT(PreTrainedModel):
         embeddings = torch.cat([pad(self.embed(*batch), width) for batch in passages])  # (N, Ld, D)
         kept = torch.cat([pad(self.kept(*batch), width) for batch in passages])  # (N, Ld)
         back = torch.argsort(order)
-        return self.embed(*queries), embeddings[back], kept[back]
+        return self.embed_queries(*queries), embeddings[back], kept[back]
 
     @torch.inference_mode()
     def embed_passages(self, values: np.ndarray, lengths: np.ndarray, tokens_per_batch: int | None = None):
@@ -330,7 +443,8 @@ class ColBERT(PreTrainedModel):
         """
         budget = tokens_per_batch or TOKENS_PER_BATCH.get(self.device.type, 32768)
         starts = np.cumsum(lengths) - lengths
-        batches, results, positions = length_batches(lengths + FRAME, budget), [], 0
+        framing = self.config.doc_maxlen - self.config.pieces("passage")  # special tokens of a passage
+        batches, results, positions = length_batches(lengths + framing, budget), [], 0
         for rows in batches:
             ids, mask = (
                 part.to(self.device, non_blocking=True)
@@ -348,7 +462,7 @@ class ColBERT(PreTrainedModel):
         first = np.cumsum(counts) - counts
         for rows, (part, _) in zip(batches, results, strict=True):
             embeddings[ranges(first[rows], counts[rows])] = part.numpy()
-        real = np.minimum(lengths + FRAME, self.config.doc_maxlen).sum()
+        real = np.minimum(lengths + framing, self.config.doc_maxlen).sum()
         return embeddings, counts, 1 - real / max(1, positions)
 
     def autocast(self):
@@ -363,14 +477,15 @@ class ColBERT(PreTrainedModel):
         """Query embeddings (B, Lq, D), fp32, on the model's device."""
         parts = []
         for start in range(0, len(texts), batch_size):
-            pieces = tokenize(self.tokenizer, texts[start : start + batch_size], self.config.query_maxlen)
+            pieces = self.tokenize(texts[start : start + batch_size], "query")
             with self.autocast():
-                parts.append(self.embed(*(part.to(self.device) for part in self.frame_queries(*pieces))))
-        return torch.cat(parts) if parts else torch.zeros(0, self.config.query_maxlen, self.config.dim)
+                parts.append(self.embed_queries(*(part.to(self.device) for part in self.frame_queries(*pieces))))
+        width = max((part.shape[1] for part in parts), default=self.config.query_maxlen)
+        return torch.cat([pad(part, width) for part in parts]) if parts else torch.zeros(0, width, self.config.dim)
 
     def encode_passages(self, texts: list[str]) -> list[Tensor]:
         """Passage embeddings: one (Ld, D) fp16 tensor a passage, on the CPU; punctuation is dropped."""
-        embeddings, counts, _ = self.embed_passages(*tokenize(self.tokenizer, texts, self.config.doc_maxlen))
+        embeddings, counts, _ = self.embed_passages(*self.tokenize(texts, "passage"))
         return list(torch.from_numpy(embeddings).split(counts.tolist()))
 
     def score(self, queries: Tensor | list[str], passages: list[Tensor] | list[str]) -> Tensor:
@@ -385,15 +500,16 @@ class ColBERT(PreTrainedModel):
         return maxsim_packed(queries, torch.cat(list(passages)).to(queries.device, torch.float32), lengths)
 
 
-def frame(values, lengths, config: ColBERTConfig, marker_id: int, fill_id: int, width: int) -> tuple[Tensor, Tensor]:
-    """Frame word pieces: [CLS] marker w1 ... wn [SEP] and the fill, (B, width), and the mask of what is not fill."""
-    used = np.minimum(lengths, width - FRAME)
-    ids = np.full((len(lengths), width), fill_id, np.int64)
-    ids[:, 0], ids[:, 1] = config.cls_token_id, marker_id
-    columns = np.arange(width)
-    ids[(columns >= 2) & (columns < used[:, None] + 2)] = values[ranges(np.cumsum(lengths) - lengths, used)]
-    ids[np.arange(len(used)), used + 2] = config.sep_token_id
-    return torch.from_numpy(ids), torch.from_numpy((columns < used[:, None] + FRAME).astype(np.int64))
+def frame(values, lengths, config: ColBERTConfig, kind: str, width: int) -> tuple[Tensor, Tensor]:
+    """Frame word pieces: [CLS] marker w1 ... wn [SEP] and padding, (B, width), and the mask of what is not padding."""
+    head, sep = config.frame(kind)
+    used = np.minimum(lengths, width - len(head) - 1)
+    ids = np.full((len(lengths), width), config.pad_token_id, np.int64)
+    ids[:, : len(head)] = head
+    columns = np.arange(width) - len(head)  # 0: the first word piece
+    ids[(columns >= 0) & (columns < used[:, None])] = values[ranges(np.cumsum(lengths) - lengths, used)]
+    ids[np.arange(len(used)), used + len(head)] = sep
+    return torch.from_numpy(ids), torch.from_numpy((columns <= used[:, None]).astype(np.int64))
 
 
 def length_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
@@ -423,6 +539,25 @@ def set_dropout(config, dropout: float | None) -> None:
     for key, value in list(vars(config).items()):
         if dropout is not None and "dropout" in key and isinstance(value, float | int):
             setattr(config, key, dropout)
+
+
+def special_token_ids(tokenizer) -> dict[str, int]:
+    """Ids of the tokens that frame and fill a text, as fields of ColBERTConfig."""
+    return {
+        "cls_token_id": first_of(tokenizer.cls_token_id, tokenizer.bos_token_id),
+        "sep_token_id": first_of(tokenizer.sep_token_id, tokenizer.eos_token_id),
+        "mask_token_id": tokenizer.mask_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def longest_input(encoder: nn.Module) -> int:
+    """How many tokens an encoder takes."""
+    longest = getattr(encoder.config, "max_position_embeddings", 1 << 30)
+    positions = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
+    if getattr(positions, "padding_idx", None) is not None:  # RoBERTa counts positions from there
+        longest -= positions.padding_idx + 1
+    return longest
 
 
 def first_of(*values):
