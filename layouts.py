@@ -52,60 +52,13 @@ PROBES = ["what is late interaction?", "A", "", "(a) b-c, 2.5", "caf\u00e9 \u65e
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid", "LeakyReLU", "ELU", "Softplus")  # of torch.nn
 
 # Of the training, the indexing and the search of colbert-ai; they do not change what a text is encoded to.
-STANFORD_KNOWN = [
-    "overwrite",
-    "root",
-    "experiment",
-    "index_root",
-    "name",
-    "rank",
-    "nranks",
-    "amp",
-    "gpus",
-    "avoid_fork_if_possible",
-    "checkpoint",
-    "triples",
-    "collection",
-    "queries",
-    "index_name",
-    "similarity",
-    "bsize",
-    "accumsteps",
-    "lr",
-    "maxsteps",
-    "save_every",
-    "resume",
-    "warmup",
-    "warmup_bert",
-    "relu",
-    "nway",
-    "use_ib_negatives",
-    "reranker",
-    "distillation_alpha",
-    "ignore_scores",
-    "model_name",
-    "index_path",
-    "index_bsize",
-    "nbits",
-    "kmeans_niters",
-    "num_partitions_max",
-    "clustering_mode",
-    "protected_tokens",
-    "ncells",
-    "centroid_score_threshold",
-    "ndocs",
-    "load_index_with_mmap",
-    "query_token",
-    "doc_token",
-    "meta",
-    "model",
-    "resume_optimizer",
-    "accum",
-    "run",
-    "distributed",
-    "local_rank",
-    "input_arguments",
-]
+STANFORD_KNOWN = """
+overwrite root experiment index_root name rank nranks amp gpus avoid_fork_if_possible checkpoint triples collection
+queries index_name similarity bsize accumsteps lr maxsteps save_every resume warmup warmup_bert relu nway
+use_ib_negatives reranker distillation_alpha ignore_scores model_name index_path index_bsize nbits kmeans_niters
+num_partitions_max clustering_mode protected_tokens ncells centroid_score_threshold ndocs load_index_with_mmap
+query_token doc_token meta model resume_optimizer accum run distributed local_rank input_arguments
+"""
 ST_KNOWN = ["model_type", "__version__", "similarity_fn_name"]
 
 
@@ -316,7 +269,7 @@ def stanford_settings(where, metadata: dict, tokenizer) -> dict:
     """Fields of ColBERTConfig from artifact.metadata, defaults as colbert-ai's."""
     used = {"query_token_id": "[unused0]", "doc_token_id": "[unused1]", "query_maxlen": 32, "doc_maxlen": 220}
     used |= {"dim": 128, "attend_to_mask_tokens": False, "mask_punctuation": True}
-    metadata = check_keys(where, metadata, {**used, "interaction": "colbert", "pool_factor": 1}, STANFORD_KNOWN)
+    metadata = check_keys(where, metadata, {**used, "interaction": "colbert", "pool_factor": 1}, STANFORD_KNOWN.split())
     must_be(where, metadata, interaction=["colbert"], pool_factor=[1])
     return {
         **{key: metadata[key] for key in ("query_maxlen", "doc_maxlen", "dim")},
@@ -537,8 +490,8 @@ def mask_settings(path: Path, modules, tokenizer) -> dict:
 
 def split_prompt(where, settings: dict, tokenizer, kind: str, prompt: str) -> dict:
     """Marker and prompt of ColBERTConfig that together are a prompt of text, which may begin with a special token."""
-    special = sorted((token for token in tokenizer.all_special_tokens if prompt.startswith(token)), key=len)
-    marker = special[-1] if special else ""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    marker = max((token for token in special if prompt.startswith(token)), key=len, default="")
     rest = prompt.removeprefix(marker)
     for candidate in dict.fromkeys((rest.strip(), rest, rest.lstrip())):
         split = {f"{kind}_prompt": candidate}
@@ -583,6 +536,17 @@ def save(model: ColBERT, path, layout: str) -> None:
     Path(path).mkdir(parents=True, exist_ok=True)
     WRITERS[layout](model, Path(path))
     model.tokenizer.save_pretrained(path)
+    name_as_before(Path(path) / "tokenizer_config.json")
+
+
+def name_as_before(path: Path) -> None:
+    """Rewrite a tokenizer_config.json of transformers 5 with the names that transformers 4 knows, and 5 reads too."""
+    settings = read_json(path)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    write_json(path, settings)
 
 
 def refuse(layout: str, what: str, can: bool) -> None:
