@@ -19,6 +19,7 @@ never run, and pickled weights are read by `torch.load(weights_only=True)`.
 
 import argparse
 import contextlib
+import copy
 import json
 import string
 import tempfile
@@ -28,7 +29,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AddedToken, AutoConfig, AutoModel, AutoTokenizer
 
 from artifact import InputError, publish, run_stage, write_json
 from model import (
@@ -79,9 +80,9 @@ def locate(name_or_path, revision: str | None = None, weights: bool = True) -> P
     options = {"revision": revision, "ignore_patterns": NOT_LOADED}
     try:
         folder = Path(snapshot_download(str(name_or_path), allow_patterns=SETTINGS_FILES, **options))
-        for pattern in ("*.safetensors", "*.bin"):
-            if weights and not any(folder.rglob("*.safetensors")):
-                snapshot_download(str(name_or_path), allow_patterns=pattern, **options)
+        for patterns in (["*.safetensors", "*/*.bin"], ["*.bin"]):
+            if weights and not any(folder.glob("*.safetensors")):
+                snapshot_download(str(name_or_path), allow_patterns=patterns, **options)
     except (OSError, ValueError) as error:  # the hub's own errors are among them
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{name_or_path}: neither a folder nor a model that the hub gives out: {reason}") from None
@@ -167,10 +168,11 @@ def load_encoder(path, state: dict[str, Tensor] | None) -> nn.Module:
     transformers.logging.set_verbosity_error()  # the projection's weights are not the encoder's: no news
     try:
         config = AutoConfig.from_pretrained(path)
-        source = path if state is None else None
-        encoder, report = AutoModel.from_pretrained(
-            source, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
-        )
+        options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+        if state is None:
+            encoder, report = AutoModel.from_pretrained(path, **options)
+        else:
+            encoder, report = type(AutoModel.from_config(config)).from_pretrained(None, state_dict=state, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: no encoder could be loaded: {str(error).splitlines()[0]}") from None
     finally:
@@ -271,7 +273,7 @@ def stanford_settings(where, metadata: dict, tokenizer) -> dict:
     used |= {"dim": 128, "attend_to_mask_tokens": False, "mask_punctuation": True}
     metadata = check_keys(where, metadata, {**used, "interaction": "colbert", "pool_factor": 1}, STANFORD_KNOWN.split())
     must_be(where, metadata, interaction=["colbert"], pool_factor=[1])
-    return {
+    settings = {
         **{key: metadata[key] for key in ("query_maxlen", "doc_maxlen", "dim")},
         "attend_to_mask_tokens": bool(metadata["attend_to_mask_tokens"]),
         "mask_punctuation": bool(metadata["mask_punctuation"]),
@@ -279,6 +281,8 @@ def stanford_settings(where, metadata: dict, tokenizer) -> dict:
         "passage_marker_id": token_id(where, tokenizer, metadata["doc_token_id"]),
         "skiplist": stanford_skiplist(tokenizer) if metadata["mask_punctuation"] else [],
     }
+    check_markers(where, settings, tokenizer)
+    return settings
 
 
 def stanford_skiplist(tokenizer) -> list[int]:
@@ -319,6 +323,7 @@ def read_reference(path: Path) -> Checkpoint:
         "passage_marker_id": token_id(path, tokenizer, "[D]"),
         "skiplist": stanford_skiplist(tokenizer) if config["mask_punctuation"] else [],
     }
+    check_markers(path, settings, tokenizer)
     weight = read_weights(path).get("linear.weight")
     if weight is None:
         raise InputError(f"{path}: no linear.weight among the weights")
@@ -355,12 +360,8 @@ def read_pylate(path: Path) -> Checkpoint:
     for kind, key in (("query", "query_prefix"), ("passage", "document_prefix")):
         settings[f"{kind}_marker_id"] = token_id(where, tokenizer, found[key]) if found[key] else None
 
-    def with_marker(kind: str, text: str) -> list[int]:
-        ids, marker = tokenizer((prompt + text).strip())["input_ids"], settings[f"{kind}_marker_id"]
-        return [ids[0], *([] if marker is None else [marker]), *ids[1:]]
-
     settings |= dense_settings(path, modules, {"bias": True, "activation_function": ...})
-    check_probes(path, settings, tokenizer, with_marker)
+    check_markers(path, settings, tokenizer)
     return settings, projection_weights(path, modules, settings["dense"]), path, None
 
 
@@ -511,10 +512,16 @@ def agree(settings: dict, tokenizer, kind: str, other) -> bool:
     return ours == theirs
 
 
-def check_probes(where, settings: dict, tokenizer, other) -> None:
-    """Raise InputError where the tokens of a text differ from those that the other library makes of it."""
+def check_markers(where, settings: dict, tokenizer) -> None:
+    """Raise InputError where texts with a marker put in as second token, as other libraries do, differ from ours."""
+    texts = ColBERTConfig(**settings).texts()
+
+    def with_marker(kind: str, text: str) -> list[int]:
+        ids, marker = tokenizer(prepare_texts([text], kind, texts)[0])["input_ids"], settings[f"{kind}_marker_id"]
+        return [*ids[:1], *([] if marker is None else [marker]), *ids[1:]]
+
     for kind in ("query", "passage"):
-        if not agree(settings, tokenizer, kind, other):
+        if not agree(settings, tokenizer, kind, with_marker):
             raise InputError(f"{where}: its tokenizer frames a {kind} in a way that cannot be honoured here")
 
 
@@ -534,8 +541,9 @@ def save(model: ColBERT, path, layout: str) -> None:
     if layout not in WRITERS:
         raise InputError(f"layout {layout!r}: not one of {', '.join(LAYOUTS)}")
     Path(path).mkdir(parents=True, exist_ok=True)
-    WRITERS[layout](model, Path(path))
-    model.tokenizer.save_pretrained(path)
+    tokenizer = copy.deepcopy(model.tokenizer)
+    WRITERS[layout](model, tokenizer, Path(path))
+    tokenizer.save_pretrained(path)
     name_as_before(Path(path) / "tokenizer_config.json")
 
 
@@ -558,12 +566,19 @@ def refuse(layout: str, what: str, can: bool) -> None:
 def marker_of(model: ColBERT, kind: str) -> str:
     """The marker of a query or a passage as a string, empty where there is none."""
     marker = model.config.query_marker_id if kind == "query" else model.config.passage_marker_id
-    return "" if marker is None else model.tokenizer.convert_ids_to_tokens(marker)
+    return "" if marker is None else token_of(model.tokenizer, marker)
+
+
+def token_of(tokenizer, i: int) -> str:
+    """The string of a token, as it was added (convert_ids_to_tokens gives an added one in lower case)."""
+    added = tokenizer.added_tokens_decoder.get(i)
+    return tokenizer.convert_ids_to_tokens(i) if added is None else added.content
 
 
 def skiplist_words(model: ColBERT, layout: str) -> list[str]:
     """The tokens that are dropped, as strings."""
-    words = model.tokenizer.convert_ids_to_tokens(model.config.skiplist) if model.config.mask_punctuation else []
+    dropped = model.config.skiplist if model.config.mask_punctuation else []
+    words = [token_of(model.tokenizer, i) for i in dropped]
     refuse(layout, "tokens of the skiplist have no name", None not in words)
     return words
 
@@ -580,9 +595,9 @@ def without_prompts(model: ColBERT) -> bool:
     return all(agree(settings, tokenizer, kind, plain) for kind in ("query", "passage"))
 
 
-def save_stanford(model: ColBERT, path: Path) -> None:
+def save_stanford(model: ColBERT, tokenizer, path: Path) -> None:
     """config.json, artifact.metadata and model.safetensors with the encoder under its prefix."""
-    config, tokenizer = model.config, model.tokenizer
+    config = model.config
     refuse("stanford", "more than one linear layer without bias", config.dense is None)
     refuse("stanford", "embeddings without unit length", config.normalize)
     refuse("stanford", "queries that are not filled to query_maxlen", config.expand_queries_to == config.query_maxlen)
@@ -619,10 +634,9 @@ def save_stanford(model: ColBERT, path: Path) -> None:
     write_json(path / "artifact.metadata", metadata)
 
 
-def save_pylate(model: ColBERT, path: Path) -> None:
+def save_pylate(model: ColBERT, tokenizer, path: Path) -> None:
     """modules.json of Transformer and Dense, and PyLate's keys in config_sentence_transformers.json."""
-    config, tokenizer = model.config, model.tokenizer
-    expanded = config.expand_queries_to
+    config, expanded = model.config, model.config.expand_queries_to
     refuse("pylate", "embeddings without unit length", config.normalize)
     refuse("pylate", f"queries filled to {expanded} of {config.query_maxlen}", expanded in (0, config.query_maxlen))
     refuse("pylate", "another fill than [MASK]", config.mask_token_id == tokenizer.mask_token_id)
@@ -645,10 +659,12 @@ def save_pylate(model: ColBERT, path: Path) -> None:
     write_json(path / "config_sentence_transformers.json", settings)
 
 
-def save_sentence_transformers(model: ColBERT, path: Path) -> None:
+def save_sentence_transformers(model: ColBERT, tokenizer, path: Path) -> None:
     """modules.json of Transformer, Dense, MultiVectorMask and Normalize; markers become part of the prompts."""
-    config, tokenizer = model.config, model.tokenizer
-    base = "sentence_transformers"
+    config, base = model.config, "sentence_transformers"
+    markers = {marker_of(model, kind) for kind in ("query", "passage")} - {""}
+    special = [AddedToken(marker, special=True, normalized=False) for marker in sorted(markers)]
+    tokenizer.add_tokens(special, special_tokens=True)  # so that they are found in a text
     mask = {"skiplist_words": skiplist_words(model, "sentence-transformers"), "skiplist_tasks": ["document"]}
     more = [(f"{base}.multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask", mask)]
     if config.normalize:
@@ -662,7 +678,7 @@ def save_sentence_transformers(model: ColBERT, path: Path) -> None:
         expansion = {
             "strategy": "fixed" if expanded == config.query_maxlen else "min",
             "attend": config.attend_to_mask_tokens,
-            "token": None if fill is None else tokenizer.convert_ids_to_tokens(fill),
+            "token": None if fill is None else token_of(tokenizer, fill),
             "length": expanded,
         }
     settings = {
@@ -674,14 +690,14 @@ def save_sentence_transformers(model: ColBERT, path: Path) -> None:
         "query_expansion": expansion,
     }
     write_json(path / "sentence_bert_config.json", settings)
-    prompts = {"query": prompt_of(model, "query"), "document": prompt_of(model, "passage")}
+    prompts = {"query": prompt_of(model, tokenizer, "query"), "document": prompt_of(model, tokenizer, "passage")}
     settings = {"model_type": "MultiVectorEncoder", "prompts": prompts, "default_prompt_name": None}
     write_json(path / "config_sentence_transformers.json", {**settings, "similarity_fn_name": "maxsim"})
 
 
-def prompt_of(model: ColBERT, kind: str) -> str:
+def prompt_of(model: ColBERT, tokenizer, kind: str) -> str:
     """The text before a query or a passage that sentence-transformers makes our tokens of. Raises InputError."""
-    config, tokenizer, marker = model.config, model.tokenizer, marker_of(model, kind)
+    config, marker = model.config, marker_of(model, kind)
     prompt = config.query_prompt if kind == "query" else config.passage_prompt
     settings = {**config.to_dict(), "strip_texts": False}
     for text in dict.fromkeys((f"{marker}{prompt}", f"{marker} {prompt}", marker)):
@@ -803,6 +819,8 @@ def main(args):
     with publish(args.output_dir) as folder:
         model.save_pretrained(folder, layout=args.layout)
         write_card(folder, args.layout, model, args.output_dir.name)
+        if model.meta is not None:
+            write_json(folder / "meta.json", model.meta)
     return {"output_dir": str(args.output_dir), "layout": args.layout, "dim": model.config.dim}
 
 

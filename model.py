@@ -580,6 +580,13 @@ def model_fingerprint(path) -> str:
     """Fingerprint of a model folder: its weights and settings."""
     folder = Path(path)
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    if len(files) < 2 or not files[0].is_file():
-        raise InputError(f"{path}: no model here (config.json and *.safetensors): run train.py first")
+    if (folder / "artifact.metadata").is_file() or (folder / "modules.json").is_file():  # of another library
+        files = sorted(
+            file for file in folder.rglob("*") if file.suffix in (".json", ".metadata", ".safetensors", ".bin")
+        )
+    elif len(files) < 2 or not files[0].is_file():
+        raise InputError(
+            f"{path}: no model here (config.json and *.safetensors): run train.py first; one on the hub or a .dnn file "
+            "is written into a folder by layouts.py"
+        )
     return fingerprint(*files)
