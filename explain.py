@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from model import FRAME, ColBERT, tokenize
+from model import FRAME, ColBERT, prepare_texts, tokenize
 
 COLUMNS = 45  # passage tokens side by side in a heatmap; more go into further panels, like lines of text
 CELL = 0.24  # inches
@@ -134,25 +134,29 @@ class Explanation:
 
 def explain(model: ColBERT, query: str, passage: str) -> Explanation:
     """Explain `model.score([query], [passage])`: the embeddings and the sum are the same."""
-    config = model.config
-    ids, mask = model.frame_queries(*tokenize(model.tokenizer, [query], config.query_maxlen))
-    query_tokens, _ = spell(model, query, ids[0].tolist())
+    config, queries, passages = model.config, model.encode_queries([query]), model.encode_passages([passage])
+    scored = queries[0].any(-1)  # (Lq,) not where the query is padded
+    (query,), (passage,) = (
+        prepare_texts([query], "query", config.texts()),
+        prepare_texts([passage], "passage", config.texts()),
+    )
+    ids, _ = model.frame_queries(*tokenize(model.tokenizer, [query], config.pieces("query") + FRAME))
+    query_tokens, _ = spell(model, query, ids[0].tolist(), "query")
     is_fill = (ids[0] == config.mask_token_id).numpy()  # no text holds that id
-    ids, mask = model.frame_passages(*tokenize(model.tokenizer, [passage], config.doc_maxlen))
-    tokens, spans = spell(model, passage, ids[0].tolist())
+    ids, mask = model.frame_passages(*tokenize(model.tokenizer, [passage], config.pieces("passage") + FRAME))
+    tokens, spans = spell(model, passage, ids[0].tolist(), "passage")
     kept = model.kept(ids, mask)[0].nonzero()[:, 0].tolist()
-    queries, passages = model.encode_queries([query]), model.encode_passages([passage])
     return Explanation(
         passage,
-        query_tokens,
+        [query_tokens[at] for at in range(len(query_tokens)) if scored[at]],
         [tokens[at] for at in kept],
         [spans[at] for at in kept],
-        is_fill,
-        (queries[0] @ passages[0].float().T).numpy(),
+        is_fill[scored[: len(is_fill)].numpy()],
+        (queries[0][scored] @ passages[0].float().T).numpy(),
     )
 
 
-def spell(model: ColBERT, text: str, ids: list[int]) -> tuple[list[str], list[tuple[int, int]]]:
+def spell(model: ColBERT, text: str, ids: list[int], kind: str) -> tuple[list[str], list[tuple[int, int]]]:
     """The piece of text that each framed token stands for and where it lies; special tokens by name, at no width.
 
     Call after `tokenize` with the same text: the tokenizer keeps the length it cuts to.
@@ -163,7 +167,8 @@ def spell(model: ColBERT, text: str, ids: list[int]) -> tuple[list[str], list[tu
         if this != following:  # a lone "▁" before a word may claim the word's first letter too
             spans[at] = (this[0], max(this[0], min(this[1], following[0])))
     end = spans[-1][1] if encoding.overflowing else len(text)
-    spans = [(0, 0)] * (FRAME - 1) + spans + [(end, end)] * (len(ids) - len(spans) - FRAME + 1)
+    n_head = len(model.config.frame(kind)[0])
+    spans = [(0, 0)] * n_head + spans + [(end, end)] * (len(ids) - len(spans) - n_head)
     names = model.tokenizer.convert_ids_to_tokens(ids)
     return [text[slice(*span)] or name for span, name in zip(spans, names, strict=True)], spans
 

@@ -44,9 +44,16 @@ class ColBERTConfig(PreTrainedConfig):
     """What is needed to give the same vectors again: the encoder's own config and how text is framed.
 
     encoder: config of the Hugging Face encoder, as a dict with its `model_type`.
-    dim: size of a token embedding. query_maxlen, doc_maxlen: tokens with the three special ones.
+    dim: size of a token embedding. query_maxlen, doc_maxlen: tokens with the special ones.
     mask_punctuation: drop the embeddings of punctuation in passages; `skiplist` holds the token ids dropped.
     attend_to_mask_tokens: whether the [MASK] fill of a query is attended to (v1: no).
+
+    What training here leaves as it is, and checkpoints of other libraries may not (layouts.py):
+    expand_queries_to: queries are filled with [MASK] to so many tokens (None: to query_maxlen; 0: not at all).
+    query_marker_id, passage_marker_id: the token after [CLS] (None: there is none).
+    query_prompt, passage_prompt: put before each text. strip_texts: white space around it is cut off.
+    dense: the layers from hidden to `dim`, one dict each (see `Dense`); None is one linear layer without bias.
+    normalize: embeddings have unit length.
     """
 
     model_type = "colbert"
@@ -64,6 +71,12 @@ class ColBERTConfig(PreTrainedConfig):
         cls_token_id: int | None = None,
         mask_token_id: int | None = None,
         skiplist: tuple[int, ...] | list[int] = (),
+        expand_queries_to: int | None = None,
+        query_prompt: str = "",
+        passage_prompt: str = "",
+        strip_texts: bool = False,
+        dense: list[dict] | None = None,
+        normalize: bool = True,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -78,6 +91,26 @@ class ColBERTConfig(PreTrainedConfig):
         self.cls_token_id = cls_token_id
         self.mask_token_id = mask_token_id
         self.skiplist = list(skiplist)
+        self.expand_queries_to = query_maxlen if expand_queries_to is None else expand_queries_to
+        self.query_prompt = query_prompt
+        self.passage_prompt = passage_prompt
+        self.strip_texts = strip_texts
+        self.dense = dense
+        self.normalize = normalize
+
+    def frame(self, kind: str) -> tuple[list[int], int]:
+        """The special tokens around the word pieces of a query or a passage: those before, and [SEP]."""
+        marker = self.query_marker_id if kind == "query" else self.passage_marker_id
+        return [self.cls_token_id, *([] if marker is None else [marker])], self.sep_token_id
+
+    def pieces(self, kind: str) -> int:
+        """How many word pieces of a query or a passage fit beside the special tokens."""
+        maxlen = self.query_maxlen if kind == "query" else self.doc_maxlen
+        return maxlen - len(self.frame(kind)[0]) - 1
+
+    def texts(self) -> dict:
+        """How a text is prepared before it is cut into word pieces: arguments of `prepare_texts`."""
+        return {"query": self.query_prompt, "passage": self.passage_prompt, "strip": self.strip_texts}
 
 
 AutoConfig.register("colbert", ColBERTConfig)  # so that a tokenizer loads from a ColBERT folder without a warning
@@ -101,6 +134,13 @@ def tokenizer_fingerprint(tokenizer) -> str:
     """Fingerprint of what turns text into word pieces; the same before and after [Q] and [D] are added."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     return fingerprint(*(json.dumps(parts[key], sort_keys=True) for key in ("normalizer", "pre_tokenizer", "model")))
+
+
+def prepare_texts(texts: list[str], kind: str, settings: dict) -> list[str]:
+    """Texts of a kind, each with its prompt, without the white space around it: `settings` of ColBERTConfig.texts."""
+    if settings[kind]:
+        texts = [settings[kind] + text for text in texts]
+    return [text.strip() for text in texts] if settings["strip"] else texts
 
 
 def tokenize(tokenizer, texts: list[str], maxlen: int) -> tuple[np.ndarray, np.ndarray]:
@@ -203,6 +243,28 @@ def maxsim_packed(queries: Tensor, embeddings: Tensor, lengths: Tensor) -> Tenso
 # ------------------------------------------------------------------------------------------------------------- model
 
 
+class Dense(nn.Module):
+    """A layer between the encoder and the embeddings that is more than a matrix: activation(Wx + b), plus a residual.
+
+    activation: name of a class of torch.nn. residual: add the input, through a matrix where its size differs.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, activation: str, residual: bool):
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, bias=bias)
+        self.activation = getattr(nn, activation)()
+        self.add_input = residual
+        if residual and in_features != out_features:
+            self.residual = nn.Linear(in_features, out_features, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden (..., in_features); returns (..., out_features)."""
+        out = self.activation(self.linear(hidden))
+        if not self.add_input:
+            return out
+        return out + (self.residual(hidden) if hasattr(self, "residual") else hidden)
+
+
 class ColBERT(PreTrainedModel):
     """An encoder, a linear layer to `dim` without bias, and L2 normalisation; the tokenizer comes along."""
 
@@ -215,14 +277,18 @@ class ColBERT(PreTrainedModel):
         encoder_config = AutoConfig.for_model(**config.encoder)
         self.encoder = AutoModel.from_config(encoder_config, attn_implementation=attention.NAME)
         drop_pooler(self.encoder)
-        self.linear = nn.Linear(encoder_config.hidden_size, config.dim, bias=False)
+        if config.dense is None:
+            self.linear = nn.Linear(encoder_config.hidden_size, config.dim, bias=False)
+        else:
+            self.linear = nn.Sequential(*(Dense(**layer) for layer in config.dense))
         self.tokenizer = tokenizer
+        self.meta = None  # what meta.json says of the training, where the model came with one
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         # Rows of the projection begin orthonormal, which keeps most of the encoder's geometry (the encoder
         # initialises itself). Called for what a checkpoint lacks, never for what it has.
-        if module is getattr(self, "linear", None):
+        if module is getattr(self, "linear", None) and isinstance(module, nn.Linear):
             nn.init.orthogonal_(module.weight)
 
     @classmethod
@@ -250,43 +316,55 @@ class ColBERT(PreTrainedModel):
         marker_ids = {kind: tokenizer.convert_tokens_to_ids(marker) for kind, marker in MARKERS.items()}
         with torch.no_grad():
             encoder.get_input_embeddings().weight[list(marker_ids.values())] = mean
-        longest = getattr(encoder.config, "max_position_embeddings", 1 << 30)
-        positions = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
-        if getattr(positions, "padding_idx", None) is not None:  # RoBERTa counts positions from there
-            longest -= positions.padding_idx + 1
-        config = ColBERTConfig(
-            encoder=encoder.config.to_dict(),
-            query_marker_id=marker_ids["query"],
-            passage_marker_id=marker_ids["passage"],
-            cls_token_id=first_of(tokenizer.cls_token_id, tokenizer.bos_token_id),
-            sep_token_id=first_of(tokenizer.sep_token_id, tokenizer.eos_token_id),
-            mask_token_id=tokenizer.mask_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            skiplist=punctuation_ids(tokenizer),
-            **settings,
-        )
-        if max(config.query_maxlen, config.doc_maxlen) > longest:
-            asked = max(config.query_maxlen, config.doc_maxlen)
-            raise InputError(f"{base_model}: takes {longest} tokens, {asked} were asked for")
+        settings |= {"query_marker_id": marker_ids["query"], "passage_marker_id": marker_ids["passage"]}
+        return cls.on_encoder(base_model, encoder, tokenizer, skiplist=punctuation_ids(tokenizer), **settings)
+
+    @classmethod
+    def on_encoder(cls, name, encoder: nn.Module, tokenizer, **settings) -> "ColBERT":
+        """A ColBERT around an encoder in memory, its projection new; `name` is for messages.
+
+        settings: fields of ColBERTConfig. Raises InputError where they ask for more tokens than the encoder takes.
+        """
+        config = ColBERTConfig(encoder=encoder.config.to_dict(), **{**special_token_ids(tokenizer), **settings})
+        longest, asked = longest_input(encoder), max(config.query_maxlen, config.doc_maxlen)
+        if asked > longest:
+            raise InputError(f"{name}: takes {longest} tokens, {asked} were asked for")
         model = cls(config, tokenizer)
         drop_pooler(encoder)
         model.encoder = encoder
         return model
 
     @classmethod
-    def from_pretrained(cls, name_or_path, *args, device=None, **kwargs) -> "ColBERT":
-        """Load weights, settings and tokenizer from one folder (or hub name), in eval mode.
+    def from_pretrained(cls, name_or_path, *args, revision: str | None = None, device=None, **kwargs) -> "ColBERT":
+        """Load weights, settings and tokenizer of a checkpoint of any layout (see layouts.py), in eval mode.
 
-        device: where to; by default the GPU if there is one, else the CPU.
+        name_or_path: a folder, v1's .dnn file, or a name on the hub, of which `revision` picks a version. device: where
+        to; by default the GPU if there is one. args and kwargs go to Hugging Face, for a folder of our own layout.
+        Raises InputError where the checkpoint cannot be honoured to the letter.
         """
-        model = super().from_pretrained(name_or_path, *args, **kwargs)
-        model.tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        import layouts  # here, because it reads this module
+
+        model = layouts.load(cls, name_or_path, revision, super().from_pretrained, *args, **kwargs)
         return model if "device_map" in kwargs else model.to(device or default_device())
 
-    def save_pretrained(self, path, *args, **kwargs) -> None:
-        """Write weights, settings and tokenizer into one folder."""
-        super().save_pretrained(path, *args, **kwargs)
-        self.tokenizer.save_pretrained(path)
+    def save_pretrained(self, path, *args, layout: str = "nanocolbert", **kwargs) -> None:
+        """Write weights, settings and tokenizer into one folder, for the library that `layout` names.
+
+        layout: one of layouts.LAYOUTS. Raises InputError where that layout cannot say what this model does.
+        """
+        if layout == "nanocolbert":
+            super().save_pretrained(path, *args, **kwargs)
+            self.tokenizer.save_pretrained(path)
+        else:
+            import layouts
+
+            layouts.save(self, path, layout)
+
+    def push_to_hub(self, repo_id: str, layout: str = "nanocolbert", **kwargs) -> str:
+        """Upload the model and its card to the hub; kwargs of HfApi.create_repo. Returns the repository's address."""
+        import layouts
+
+        return layouts.push(self, repo_id, layout, **kwargs)
 
     # ------------------------------------------------------------------------------------------- tokens to embeddings
 
@@ -294,16 +372,27 @@ class ColBERT(PreTrainedModel):
         """[CLS] [Q] w1 ... wn [SEP], filled with [MASK] to query_maxlen (paper, section 3.2).
 
         values (T,), lengths (B,): word-piece ids, cut to fit. Returns input_ids (B, Lq) and attention_mask (B, Lq).
+        Where queries are filled to less (`expand_queries_to`), longer ones make the rest of the batch padded.
         """
-        config = self.config
-        ids, mask = frame(values, lengths, config, config.query_marker_id, config.mask_token_id, config.query_maxlen)
-        return ids, (mask if not config.attend_to_mask_tokens else torch.ones_like(mask))
+        config, fill = self.config, self.config.expand_queries_to
+        longest = len(config.frame("query")[0]) + int(lengths.max(initial=0)) + 1
+        ids, mask = frame(values, lengths, config, "query", max(fill, min(longest, config.query_maxlen)))
+        ids[:, :fill][mask[:, :fill] == 0] = config.mask_token_id
+        if config.attend_to_mask_tokens:
+            mask[:, :fill] = 1
+        return ids, mask
 
     def frame_passages(self, values: np.ndarray, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
         """[CLS] [D] w1 ... wn [SEP], padded to the longest. Arguments and result as of `frame_queries`."""
         config = self.config
-        width = min(config.doc_maxlen, int(lengths.max()) + FRAME)
-        return frame(values, lengths, config, config.passage_marker_id, config.pad_token_id, width)
+        width = min(config.doc_maxlen, len(config.frame("passage")[0]) + int(lengths.max()) + 1)
+        return frame(values, lengths, config, "passage", width)
+
+    def tokenize(self, texts: list[str], kind: str) -> tuple[np.ndarray, np.ndarray]:
+        """Word-piece ids (T,) int32 and lengths (n,) of queries or passages, as `frame_queries` or `_passages` want."""
+        return tokenize(
+            self.tokenizer, prepare_texts(texts, kind, self.config.texts()), self.config.pieces(kind) + FRAME
+        )
 
     def embed(self, texts: tuple[Tensor, Tensor] | Packed) -> Tensor:
         """Unit token embeddings, fp32: (B, L, D) of framed texts, or (T, D) of packed ones."""
@@ -312,7 +401,22 @@ class ColBERT(PreTrainedModel):
         else:
             input_ids, attention_mask = texts
             hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, L, H)
-        return F.normalize(self.linear(hidden).float(), dim=-1)
+        embeddings = self.linear(hidden).float()
+        return F.normalize(embeddings, dim=-1) if self.config.normalize else embeddings
+
+    def scored(self, attention_mask: Tensor) -> Tensor:
+        """Which positions of framed queries (B, Lq) score: the tokens and the [MASK] fill.
+
+        The others only pad a query to the longest of its batch, where queries are not filled to query_maxlen.
+        """
+        scored = attention_mask.bool()
+        scored[:, : self.config.expand_queries_to] = True
+        return scored
+
+    def embed_queries(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embeddings (B, Lq, D) of framed queries, on the host; rows of zeros where nothing scores: they add 0."""
+        texts = to_device((input_ids, attention_mask), self.device)
+        return self.embed(texts).cpu() * self.scored(attention_mask)[..., None]
 
     def kept(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Which passage tokens are stored and scored (B, L): the real ones that are no punctuation."""
@@ -346,7 +450,9 @@ class ColBERT(PreTrainedModel):
             keep[self.config.skiplist] = 0
         before = np.concatenate([[0], np.cumsum(keep[values])])  # (T + 1,) kept tokens before each token
         starts = np.cumsum(lengths) - lengths
-        return before[starts + np.minimum(lengths, self.config.doc_maxlen - FRAME)] - before[starts] + FRAME
+        head, sep = self.config.frame("passage")
+        framing = int(keep[[*head, sep]].sum())
+        return before[starts + np.minimum(lengths, self.config.pieces("passage"))] - before[starts] + framing
 
     def check_tokens(self, name, tokens_dir, tokens_meta: dict) -> None:
         """Raise InputError unless the tokens were made by this model's tokenizer and cut no shorter than it reads."""
@@ -355,22 +461,29 @@ class ColBERT(PreTrainedModel):
                 f"{tokens_dir}: tokenised by {tokens_meta['tokenizer']}, another tokenizer than {name}'s: "
                 f"run tsv2mmap.py with --tokenizer {name}"
             )
-        for setting in ("query_maxlen", "doc_maxlen"):
-            wanted, found = getattr(self.config, setting), tokens_meta[setting]
+        as_read = self.config.texts()
+        if as_read != tokens_meta.get("texts", ColBERTConfig().texts()):
+            raise InputError(
+                f"{tokens_dir}: without the prompts that {name} puts before texts, {as_read}: "
+                f"run tsv2mmap.py with --tokenizer {name}"
+            )
+        for kind, setting in (("query", "query_maxlen"), ("passage", "doc_maxlen")):
+            wanted, found = self.config.pieces(kind) + FRAME, tokens_meta[setting]  # tsv2mmap.py leaves room for FRAME
             if wanted > found:
                 raise InputError(
                     f"{tokens_dir}: cut to {setting} {found}, {name} reads {wanted}: "
                     f"run tsv2mmap.py with --{setting} {wanted}"
                 )
 
-    def forward(self, batches: list, n_queries: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, batches: list, scored: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Embed a training batch: queries first, then passages, as framed batches or packed.
 
-        slots (N, Ld): which of all the embedded positions, batch after batch, are the kept tokens of each passage.
+        scored (B, Lq): as of `scored`. slots (N, Ld): which of all the embedded positions, batch after batch, are the
+        kept tokens of each passage.
         Returns query embeddings (B, Lq, D) and passage embeddings (N, Ld, D).
         """
         embeddings = torch.cat([self.embed(batch).view(-1, self.config.dim) for batch in batches])  # (T, D)
-        queries = embeddings[: n_queries * self.config.query_maxlen].view(n_queries, -1, self.config.dim)
+        queries = embeddings[: scored.numel()].view(*scored.shape, -1) * scored[..., None]
         return queries, embeddings.index_select(0, slots.view(-1)).view(*slots.shape, -1)
 
     @torch.inference_mode()
@@ -383,10 +496,11 @@ class ColBERT(PreTrainedModel):
         budget = tokens_per_batch or TOKENS_PER_BATCH.get(self.device.type, 32768)
         dtype = torch.float32 if fp32 else torch.float16
         packed = not fp32 and packable(self.encoder, self.device, fast_dtype(self.device))
+        framing = self.config.doc_maxlen - self.config.pieces("passage")  # special tokens of a passage
         starts, counts, positions = np.cumsum(lengths) - lengths, self.kept_counts(values, lengths), 0
         first, on_gpu = np.cumsum(counts) - counts, self.device.type == "cuda"
         embeddings = torch.empty((int(counts.sum()), self.config.dim), dtype=dtype, pin_memory=on_gpu)
-        for rows in (neighbours if packed else length_batches)(lengths + FRAME, budget):
+        for rows in (neighbours if packed else length_batches)(lengths + framing, budget):
             texts = ids, mask = self.frame_passages(values[ranges(starts[rows], lengths[rows])], lengths[rows])
             kept = self.kept(ids, mask)  # (B, Ld)
             if packed:
@@ -402,7 +516,7 @@ class ColBERT(PreTrainedModel):
                 embeddings[torch.from_numpy(ranges(first[rows], counts[rows]))] = output.cpu()
         if on_gpu:
             torch.cuda.current_stream().synchronize()
-        real = np.minimum(lengths + FRAME, self.config.doc_maxlen).sum()
+        real = np.minimum(lengths + framing, self.config.doc_maxlen).sum()
         return embeddings.numpy(), counts, 1 - real / max(1, positions)
 
     def autocast(self, fp32: bool = False):
@@ -416,23 +530,28 @@ class ColBERT(PreTrainedModel):
     def encode_queries(
         self, texts: list[str], fp32: bool = False, progress: bool | None = None, return_tokens: bool = False
     ):
-        """Query embeddings (B, Lq, D), fp32.
+        """Query embeddings (B, Lq, D), fp32; rows of zeros after a query that is not filled to Lq.
 
         fp32: also compute in it, not in the device's fast type. progress: show a bar; by default once it has taken
-        5 seconds. return_tokens: return (embeddings, the Lq token strings of each query).
+        5 seconds. return_tokens: return (embeddings, the token strings of each query).
         Raises InputError where `texts` is not a list of texts.
         """
         texts = check_texts(texts)
-        embeddings, tokens = torch.empty(len(texts), self.config.query_maxlen, self.config.dim), []
-        size = max(1, TOKENS_PER_BATCH.get(self.device.type, 32768) // self.config.query_maxlen)
+        width = max(self.config.query_maxlen, self.config.expand_queries_to)
+        embeddings, tokens = torch.zeros(len(texts), width, self.config.dim), []
+        size = max(1, TOKENS_PER_BATCH.get(self.device.type, 32768) // width)
         with progress_bar(len(texts), " queries", progress) as bar:
             for start in range(0, len(texts), size):
-                pieces = tokenize(self.tokenizer, texts[start : start + size], self.config.query_maxlen)
-                ids, mask = self.frame_queries(*pieces)
+                ids, mask = self.frame_queries(*self.tokenize(texts[start : start + size], "query"))
                 with torch.inference_mode(), self.autocast(fp32):
-                    embeddings[start : start + size] = self.embed(to_device((ids, mask), self.device)).cpu()
+                    part = self.embed_queries(ids, mask)  # (B, <= Lq, D)
+                embeddings[start : start + size, : part.shape[1]] = part
                 if return_tokens:
-                    tokens += map(self.tokenizer.convert_ids_to_tokens, ids.tolist())
+                    scored = part.any(-1)  # not where a query is padded
+                    tokens += [
+                        self.tokenizer.convert_ids_to_tokens(row[at].tolist())
+                        for row, at in zip(ids, scored, strict=True)
+                    ]
                 bar.update(len(ids))
         return (embeddings, tokens) if return_tokens else embeddings
 
@@ -453,13 +572,13 @@ class ColBERT(PreTrainedModel):
         """
         texts = check_texts(texts)
         chunks = [texts[start : start + TEXTS_PER_CHUNK] for start in range(0, len(texts), TEXTS_PER_CHUNK)]
-        pieces = [tokenize(self.tokenizer, chunk, self.config.doc_maxlen) for chunk in chunks or [[]]]
+        pieces = [self.tokenize(chunk, "passage") for chunk in chunks or [[]]]
         values, lengths = (np.concatenate(part) for part in zip(*pieces, strict=True))  # (T',), (N,)
         counts = self.kept_counts(values, lengths)  # (N,)
         starts, first = np.cumsum(lengths) - lengths, np.cumsum(counts) - counts
         embeddings = np.empty((counts.sum(), self.config.dim), np.float32 if fp32 else np.float16)  # (T, D)
         with progress_bar(len(texts), " passages", progress) as bar:
-            for rows in length_batches(lengths + FRAME, 4 * TOKENS_PER_BATCH.get(self.device.type, 32768)):
+            for rows in length_batches(lengths + 1, 4 * TOKENS_PER_BATCH.get(self.device.type, 32768)):
                 part = self.embed_passages(values[ranges(starts[rows], lengths[rows])], lengths[rows], fp32=fp32)
                 assert np.array_equal(part[1], counts[rows]), "kept tokens differ from what was counted"
                 embeddings[ranges(first[rows], counts[rows])] = part[0]
@@ -525,15 +644,16 @@ def progress_bar(total: int, unit: str, progress: bool | None):
     return tqdm(total=total, unit=unit, unit_scale=True, delay=delay, disable=progress is False)
 
 
-def frame(values, lengths, config: ColBERTConfig, marker_id: int, fill_id: int, width: int) -> tuple[Tensor, Tensor]:
-    """Frame word pieces: [CLS] marker w1 ... wn [SEP] and the fill, (B, width), and the mask of what is not fill."""
-    used = np.minimum(lengths, width - FRAME)
-    ids = np.full((len(lengths), width), fill_id, np.int64)
-    ids[:, 0], ids[:, 1] = config.cls_token_id, marker_id
-    columns = np.arange(width)
-    ids[(columns >= 2) & (columns < used[:, None] + 2)] = values[ranges(np.cumsum(lengths) - lengths, used)]
-    ids[np.arange(len(used)), used + 2] = config.sep_token_id
-    return torch.from_numpy(ids), torch.from_numpy((columns < used[:, None] + FRAME).astype(np.int64))
+def frame(values, lengths, config: ColBERTConfig, kind: str, width: int) -> tuple[Tensor, Tensor]:
+    """Frame word pieces: [CLS] marker w1 ... wn [SEP] and padding, (B, width), and the mask of what is not padding."""
+    head, sep = config.frame(kind)
+    used = np.minimum(lengths, width - len(head) - 1)
+    ids = np.full((len(lengths), width), config.pad_token_id, np.int64)
+    ids[:, : len(head)] = head
+    columns = np.arange(width) - len(head)  # 0: the first word piece
+    ids[(columns >= 0) & (columns < used[:, None])] = values[ranges(np.cumsum(lengths) - lengths, used)]
+    ids[np.arange(len(used)), used + len(head)] = sep
+    return torch.from_numpy(ids), torch.from_numpy((columns <= used[:, None]).astype(np.int64))
 
 
 def length_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
@@ -574,6 +694,25 @@ def set_dropout(config, dropout: float | None, attention_dropout: float | None) 
             setattr(config, key, rate)
 
 
+def special_token_ids(tokenizer) -> dict[str, int]:
+    """Ids of the tokens that frame and fill a text, as fields of ColBERTConfig."""
+    return {
+        "cls_token_id": first_of(tokenizer.cls_token_id, tokenizer.bos_token_id),
+        "sep_token_id": first_of(tokenizer.sep_token_id, tokenizer.eos_token_id),
+        "mask_token_id": tokenizer.mask_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def longest_input(encoder: nn.Module) -> int:
+    """How many tokens an encoder takes."""
+    longest = getattr(encoder.config, "max_position_embeddings", 1 << 30)
+    positions = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
+    if getattr(positions, "padding_idx", None) is not None:  # RoBERTa counts positions from there
+        longest -= positions.padding_idx + 1
+    return longest
+
+
 def first_of(*values):
     """The first value that is not None."""
     return next(value for value in values if value is not None)
@@ -599,6 +738,13 @@ def model_fingerprint(path) -> str:
     """Fingerprint of a model folder: its weights and settings."""
     folder = Path(path)
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    if len(files) < 2 or not files[0].is_file():
-        raise InputError(f"{path}: no model here (config.json and *.safetensors): run train.py first")
+    if (folder / "artifact.metadata").is_file() or (folder / "modules.json").is_file():  # of another library
+        files = sorted(
+            file for file in folder.rglob("*") if file.suffix in (".json", ".metadata", ".safetensors", ".bin")
+        )
+    elif len(files) < 2 or not files[0].is_file():
+        raise InputError(
+            f"{path}: no model here (config.json and *.safetensors): run train.py first; one on the hub or a .dnn file "
+            "is written into a folder by layouts.py"
+        )
     return fingerprint(*files)

@@ -31,7 +31,8 @@ from tqdm import tqdm
 import runs
 from artifact import InputError, check_file, make_meta, plain_args, publish, read_meta, run_stage, write_json
 from attention import pack, packable
-from model import FRAME, ColBERT, length_batches, maxsim, maxsim_packed, maxsim_pairs, to_device, tokenize
+from layouts import is_colbert
+from model import FRAME, ColBERT, length_batches, maxsim, maxsim_packed, maxsim_pairs, to_device
 from ragged import Ids, Ragged, ranges
 from tsv import read_queries
 
@@ -88,7 +89,7 @@ def collate(data: Triples, rows: np.ndarray, model: ColBERT, tokens_per_batch: i
     slots[mask] = torch.cat([part.view(-1) for part in kept]).nonzero()[:, 0] + input_ids.numel()
     back = torch.from_numpy(np.argsort(np.concatenate(groups)))
     return {
-        "inputs": {"batches": batches, "n_queries": len(rows), "slots": slots[back]},
+        "inputs": {"batches": batches, "scored": model.scored(attention_mask), "slots": slots[back]},
         "mask": mask[back],
         "passage_rows": torch.from_numpy(passage_rows.astype(np.int64)).view(len(rows), -1),  # (B, K)
     }
@@ -114,7 +115,7 @@ def triples_loss(Q, P, mask, passage_rows, scale: float, in_batch_negatives: boo
 class DevSet:
     """Reranking of given candidates, measured while training: MRR@10 by the same code as evaluate.py."""
 
-    def __init__(self, args, tokens_meta: dict, tokenizer):
+    def __init__(self, args, model: ColBERT):
         self.qrels = runs.read_qrels(args.dev_qrels)
         texts = {qid: text for qid, text in read_queries(args.dev_queries).items() if qid in self.qrels}
         pids = Ids(args.tokens_dir / "pids.npy")
@@ -125,7 +126,7 @@ class DevSet:
         self.qrels = {qid: self.qrels[qid] for qid in self.qids}
         self.rows = [candidates[qid][: args.dev_depth] for qid in self.qids]
         self.pids = [pids.text(rows) for rows in self.rows]
-        self.query_tokens = tokenize(tokenizer, [texts[qid] for qid in self.qids], tokens_meta["query_maxlen"])
+        self.query_tokens = model.tokenize([texts[qid] for qid in self.qids], "query")
         self.passages = Ragged(args.tokens_dir / "passages")
 
     @torch.inference_mode()
@@ -135,7 +136,7 @@ class DevSet:
         embeddings, counts, _ = model.embed_passages(*self.passages.gather(unique))
         embeddings, starts = torch.from_numpy(embeddings), np.cumsum(counts) - counts
         with model.autocast():
-            queries = model.embed(to_device(model.frame_queries(*self.query_tokens), model.device)).cpu()
+            queries = model.embed_queries(*model.frame_queries(*self.query_tokens))
         run, first = {}, 0
         for query, qid, pids in zip(queries, self.qids, self.pids, strict=True):
             rows = inverse[first : first + len(pids)]
@@ -260,8 +261,7 @@ def check_args(args, accelerator: Accelerator) -> tuple[dict, int]:
 
 def load_model(args, tokens_meta: dict) -> ColBERT:
     """The base model, as a ColBERT with the lengths the tokens were cut to. Raises InputError if they do not fit."""
-    settings = Path(args.base_model) / "config.json"
-    if settings.is_file() and json.loads(settings.read_text()).get("model_type") == "colbert":
+    if is_colbert(args.base_model):
         model = ColBERT.from_pretrained(args.base_model, device="cpu")  # accelerate moves it
     else:
         model = ColBERT.from_base(
@@ -416,7 +416,7 @@ def main(args):
     set_seed(args.seed)
     model = load_model(args, tokens_meta)
     model.train()
-    dev_set = DevSet(args, tokens_meta, model.tokenizer) if args.dev_queries else None
+    dev_set = DevSet(args, model) if args.dev_queries else None
     wrapped, optimizer, scheduler = accelerator.prepare(model, *make_optimizer(model, args))
     step = resume(accelerator, args, tokens_meta) if args.resume else 0
     log = Log(accelerator, args, step)

@@ -27,7 +27,8 @@ import numpy as np
 from tqdm import tqdm
 
 from artifact import InputError, check_file, fingerprint, publish, run_stage, seen_from, write_meta
-from model import load_tokenizer, tokenize, tokenizer_fingerprint
+from layouts import texts_of
+from model import load_tokenizer, prepare_texts, tokenize, tokenizer_fingerprint
 from ragged import Ids, IdWriter, NpyWriter, RaggedWriter
 from tsv import open_bytes, read_id_text, read_rows
 
@@ -56,13 +57,15 @@ class TokenWriter:
         self.writer.close()
 
 
-def start_worker(name_or_path: str, maxlen: dict[str, int], dtype: str) -> None:
+def start_worker(name_or_path: str, maxlen: dict[str, int], texts: dict, dtype: str) -> None:
     """Load the tokenizer once in each worker; the workers are the parallelism, so each keeps to one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenize_chunk.tokenizer, tokenize_chunk.maxlen, tokenize_chunk.dtype = load_tokenizer(name_or_path), maxlen, dtype
+    tokenize_chunk.texts = texts
 
 
 def tokenize_chunk(texts: list[str], kind: str) -> tuple[np.ndarray, np.ndarray]:
+    texts = prepare_texts(texts, kind, tokenize_chunk.texts)
     values, lengths = tokenize(tokenize_chunk.tokenizer, texts, tokenize_chunk.maxlen[kind])
     return values.astype(tokenize_chunk.dtype), lengths
 
@@ -197,6 +200,7 @@ def main(args):
     if not inputs or (args.triples is None and args.collection is None):
         raise InputError("nothing to do: give --collection, or --triples, or both")
     tokenizer = load_tokenizer(args.tokenizer)
+    texts = texts_of(args.tokenizer)  # a ColBERT checkpoint may put prompts before them
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
     maxlen = {"query": args.query_maxlen, "passage": args.doc_maxlen}
     triples_format = args.triples_format
@@ -209,7 +213,7 @@ def main(args):
     counts = {}
     with (
         publish(args.output_dir) as folder,
-        context.Pool(args.workers, start_worker, (args.tokenizer, maxlen, dtype)) as pool,
+        context.Pool(args.workers, start_worker, (args.tokenizer, maxlen, texts, dtype)) as pool,
     ):
         writers = {
             kind: TokenWriter(folder / name, pool, dtype, kind)
@@ -239,6 +243,7 @@ def main(args):
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
             "query_maxlen": args.query_maxlen,
             "doc_maxlen": args.doc_maxlen,
+            "texts": texts,
             "dtype": dtype,
             "counts": counts,
             "passage_tokens": int(writers["passage"].writer.values.n_rows),
