@@ -413,10 +413,9 @@ class ColBERT(PreTrainedModel):
         scored[:, : self.config.expand_queries_to] = True
         return scored
 
-    def embed_queries(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def embed_queries(self, texts: tuple[Tensor, Tensor]) -> Tensor:
         """Embeddings (B, Lq, D) of framed queries, on the host; rows of zeros where nothing scores: they add 0."""
-        texts = to_device((input_ids, attention_mask), self.device)
-        return self.embed(texts).cpu() * self.scored(attention_mask)[..., None]
+        return self.embed(to_device(texts, self.device)).cpu() * self.scored(texts[1])[..., None]
 
     def kept(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Which passage tokens are stored and scored (B, L): the real ones that are no punctuation."""
@@ -544,7 +543,7 @@ class ColBERT(PreTrainedModel):
             for start in range(0, len(texts), size):
                 ids, mask = self.frame_queries(*self.tokenize(texts[start : start + size], "query"))
                 with torch.inference_mode(), self.autocast(fp32):
-                    part = self.embed_queries(ids, mask)  # (B, <= Lq, D)
+                    part = self.embed_queries((ids, mask))  # (B, <= Lq, D)
                 embeddings[start : start + size, : part.shape[1]] = part
                 if return_tokens:
                     scored = part.any(-1)  # not where a query is padded

@@ -136,7 +136,7 @@ class DevSet:
         embeddings, counts, _ = model.embed_passages(*self.passages.gather(unique))
         embeddings, starts = torch.from_numpy(embeddings), np.cumsum(counts) - counts
         with model.autocast():
-            queries = model.embed_queries(*model.frame_queries(*self.query_tokens))
+            queries = model.embed_queries(model.frame_queries(*self.query_tokens))
         run, first = {}, 0
         for query, qid, pids in zip(queries, self.qids, self.pids, strict=True):
             rows = inverse[first : first + len(pids)]

@@ -260,10 +260,10 @@ def our_vectors(folder: Path, texts: Path) -> dict[str, np.ndarray]:
                 batch = texts[kind][start : start + 32]
                 ids, mask = frame(*model.tokenize(batch, {"queries": "query", "passages": "passage"}[kind]))
                 if kind == "queries":
-                    vectors = model.embed_queries(ids, mask)
+                    vectors = model.embed_queries((ids, mask))
                     kept = vectors.any(-1)
                 else:
-                    vectors, kept = model.embed(ids, mask), model.kept(ids, mask)
+                    vectors, kept = model.embed((ids, mask)), model.kept(ids, mask)
                 parts += [row[keep].numpy() for row, keep in zip(vectors, kept, strict=True)]
             arrays[kind], arrays[f"{kind}_counts"] = np.concatenate(parts), np.array([len(part) for part in parts])
     return arrays

@@ -72,7 +72,7 @@ def vectors(model: ColBERT) -> dict[str, np.ndarray]:
         queries = model.encode_queries(TEXTS["queries"])
         queries = [query[query.any(-1)] for query in queries]
         ids, mask = model.frame_passages(*model.tokenize(TEXTS["passages"], "passage"))
-        passages = [row[keep] for row, keep in zip(model.embed(ids, mask), model.kept(ids, mask), strict=True)]
+        passages = [row[keep] for row, keep in zip(model.embed((ids, mask)), model.kept(ids, mask), strict=True)]
     for kind, parts in (("queries", queries), ("passages", passages)):
         arrays[kind], arrays[f"{kind}_counts"] = torch.cat(parts).numpy(), np.array([len(part) for part in parts])
     return arrays
@@ -119,8 +119,8 @@ def test_without_expansion_padding_adds_nothing_to_maxsim(tmp_path):
     model = ColBERT.from_pretrained(variant_of("pylate-bert", "no-expansion", tmp_path / "model"))
     queries = model.encode_queries(["boats", "what is late interaction and why?"])
     lengths = queries.any(-1).sum(1).tolist()
-    assert lengths[0] < lengths[1] == queries.shape[1]
-    assert torch.allclose(queries[0, : lengths[0]], model.encode_queries(["boats"])[0], atol=1e-5)
+    assert lengths[0] < lengths[1] < queries.shape[1] == model.config.query_maxlen
+    assert torch.allclose(queries[0, : lengths[0]], model.encode_queries(["boats"])[0, : lengths[0]], atol=1e-5)
     passages, mask = torch.randn(4, 6, 8), torch.ones(4, 6, dtype=torch.bool)
     without = maxsim(queries[:1, : lengths[0]], passages, mask)
     assert torch.allclose(maxsim(queries[:1], passages, mask), without, atol=1e-5)
