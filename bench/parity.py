@@ -191,7 +191,7 @@ def prepare(args, work: Path, texts: Path, golden_texts: Path) -> tuple[dict[str
 
     (work / "vectors").mkdir()
     for layout in PEERS:
-        for kind in (*ENCODERS, "real"):
+        for kind in args.encoders:
             folder = work / layout / kind
             job = {"make": str(folder), "base": str(work / "bases" / kind), **SIZES, "skiplist": PUNCTUATION}
             job |= {"prompts": ["[Q] ", "[D] "], "layers": 2 if (layout, kind) in TWO_LAYERS else 1}
@@ -206,7 +206,7 @@ def prepare(args, work: Path, texts: Path, golden_texts: Path) -> tuple[dict[str
                     job = {"copy": str(folder), "to": str(changed), "layout": layout, "variant": variant}
                     jobs[layout].append(job)
                     compare(layout, f"{kind}-{variant}", changed, golden_texts, golden=kind, variant=variant)
-    for kind in (*ENCODERS, "real"):
+    for kind in args.encoders:
         torch.manual_seed(1)
         sizes = SIZES if kind != "real" else {}
         model = ColBERT.from_base(work / "bases" / kind, **sizes).eval()
@@ -342,6 +342,8 @@ def parse_args():
     parser.add_argument("--environments", type=Path, required=True, help="folder of the peers' virtual environments")
     parser.add_argument("--model", type=Path, required=True, help="folder of a real encoder, e.g. MiniLM")
     parser.add_argument("--layouts", nargs="+", choices=list(PEERS), default=list(PEERS), help="default: all")
+    encoders = (*ENCODERS, "real")
+    parser.add_argument("--encoders", nargs="+", choices=encoders, default=list(encoders), help="default: all")
     parser.add_argument("--n_passages", type=int, default=500)
     parser.add_argument("--n_queries", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)

@@ -75,7 +75,10 @@ def encoders(peer: str):
 
         def make(job):
             settings = {key: job[key] for key in ("dim", "query_maxlen", "doc_maxlen")}
-            BaseColBERT(job["base"], colbert_config=ColBERTConfig(**settings)).save(job["make"])
+            model = BaseColBERT(job["base"], colbert_config=ColBERTConfig(**settings))
+            if model.model.config.model_type == "modernbert":  # its projection is left as uninitialised memory
+                torch.nn.init.normal_(model.linear.weight, std=0.02)
+            model.save(job["make"])
 
         def encode(folder, texts):
             model = Checkpoint(folder, colbert_config=ColBERTConfig(), verbose=0)
