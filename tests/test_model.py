@@ -496,10 +496,13 @@ def test_mistakes(colbert, encoder_dir, tmp_path):
 
 
 def test_dropout_is_set_everywhere(encoder_dir):
-    colbert = ColBERT.from_base(encoder_dir, dropout=0.25)
-    rates = [module.p for module in colbert.modules() if isinstance(module, torch.nn.Dropout)]
-    assert rates and set(rates) == {0.25}
-    assert ColBERT.from_base(encoder_dir).config.encoder["hidden_dropout_prob"] == 0.1
+    colbert = ColBERT.from_base(encoder_dir, dropout=0.25, attention_dropout=0.5)
+    modules = {name: module.p for name, module in colbert.named_modules() if isinstance(module, torch.nn.Dropout)}
+    of_attention = {rate for name, rate in modules.items() if name.endswith("attention.self.dropout")}
+    others = {rate for name, rate in modules.items() if not name.endswith("attention.self.dropout")}
+    assert of_attention == {0.5} and others == {0.25}
+    settings = ColBERT.from_base(encoder_dir).config.encoder
+    assert settings["hidden_dropout_prob"] == 0.1 and settings["attention_probs_dropout_prob"] == 0.0
 
 
 # ------------------------------------------------------------------------------------------------------ other encoders
