@@ -73,6 +73,7 @@ def _offsets(counts: Tensor) -> Tensor:
 def encode_packed(encoder, texts: Packed) -> Tensor:
     """Last hidden states (T, H) of packed texts. The encoder is one of PACKABLE, in bf16 or fp16 on a GPU."""
     kind = encoder.config.model_type
+    assert encoder.config._attn_implementation == NAME, "another attention would not know where a text ends"
     first = encoder.config.pad_token_id + 1 if kind in COUNT_FROM_PADDING else 0
     mask = {"full_attention": None, "sliding_attention": None} if kind == "modernbert" else None
     hidden = encoder(texts.input_ids, mask, position_ids=texts.position_ids + first, packed=texts).last_hidden_state

@@ -304,9 +304,7 @@ class ColBERT(PreTrainedModel):
         try:
             encoder_config = AutoConfig.from_pretrained(base_model)
             set_dropout(encoder_config, dropout, attention_dropout)
-            encoder = AutoModel.from_pretrained(
-                base_model, config=encoder_config, dtype=torch.float32, attn_implementation=attention.NAME
-            )
+            encoder = AutoModel.from_pretrained(base_model, config=encoder_config, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise InputError(f"{base_model}: no encoder could be loaded: {str(error).splitlines()[0]}") from None
         tokenizer.add_special_tokens({"additional_special_tokens": list(MARKERS.values())})
@@ -331,6 +329,7 @@ class ColBERT(PreTrainedModel):
             raise InputError(f"{name}: takes {longest} tokens, {asked} were asked for")
         model = cls(config, tokenizer)
         drop_pooler(encoder)
+        encoder.set_attn_implementation(attention.NAME)
         model.encoder = encoder
         return model
 

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, call_stage, succeed
 from safetensors.torch import load_file, save_file
 
+import attention
 import layouts
 import model as model_module
 from artifact import InputError
@@ -68,6 +69,7 @@ def copy_of(checkpoint: str, tmp_path: Path) -> Path:
 def vectors(model: ColBERT) -> dict[str, np.ndarray]:
     """Embeddings of the golden texts, fp32, as the libraries give them: without padding."""
     arrays = {}
+    assert model.encoder.config._attn_implementation == attention.NAME  # whatever it was loaded with
     with torch.inference_mode():
         queries = model.encode_queries(TEXTS["queries"])
         queries = [query[query.any(-1)] for query in queries]
