@@ -41,18 +41,26 @@ def print_table(systems: list[tuple[str, dict[str, float]]]) -> None:
 def print_search(args) -> None:
     """Print a query and its three best passages, those that the qrels call relevant marked with a star."""
     queries, run = read_queries(args.queries), read_run(args.show_run)
-    qid = args.qid or next((qid for qid in queries if run.get(qid)), None)
+    qrels = read_qrels(args.qrels) if args.qrels else {}
+    ranked = [qid for qid in queries if run.get(qid)]
+    answered = (qid for qid in ranked if any(qrels.get(qid, {}).get(pid, 0) > 0 for pid in best(run[qid])))
+    qid = args.qid or next(answered, ranked[0] if ranked else None)
     if qid not in queries or not run.get(qid):
         raise InputError(f"{args.show_run}: no ranking for query {qid!r} of {args.queries}: give --qid of one it has")
-    top = sorted(run[qid], key=run[qid].get, reverse=True)[:3]
+    top = best(run[qid])
     passages = {pid: text for _, pid, text in read_id_text(args.collection, "collection: pid, passage") if pid in top}
     if missing := set(top) - set(passages):
         raise InputError(f"{args.collection}: has no passage {min(missing)}: give the collection that was searched")
-    relevant = read_qrels(args.qrels).get(qid, {}) if args.qrels else {}
+    relevant = qrels.get(qid, {})
     print(f"\n{qid}: {queries[qid]}")
     for rank, pid in enumerate(top, 1):
         text = textwrap.shorten(f"{rank}. {pid}: {passages[pid]}", 400, placeholder=" …")
         print(textwrap.fill(("*" if relevant.get(pid, 0) > 0 else " ") + text, 110, subsequent_indent="    "))
+
+
+def best(ranking: dict[str, float]) -> list[str]:
+    """The three passages with the highest scores."""
+    return sorted(ranking, key=ranking.get, reverse=True)[:3]
 
 
 def parse_args():
@@ -62,7 +70,7 @@ def parse_args():
     parser.add_argument("--collection", help="with --show_run: pid, passage")
     parser.add_argument("--queries", help="with --show_run: qid, query")
     parser.add_argument("--qrels", help="with --show_run: mark relevant passages with a star")
-    parser.add_argument("--qid", help="with --show_run: the query to show (default: the first)")
+    parser.add_argument("--qid", help="the query to show (default: the first that is answered in its three best)")
     return parser.parse_args()
 
 
