@@ -90,7 +90,10 @@ def attention(module, query, key, value, attention_mask=None, dropout=0.0, scali
         assert not dropout, "packed texts are attended to without dropout"
         window = kwargs.get("sliding_window")
         return varlen(*(part[0].transpose(0, 1) for part in (query, key, value)), packed, scaling, window)[None], None
-    if query.device.type == "cpu" and query.requires_grad:
+    # as PyTorch's: without a mask, a module that does not say otherwise is causal
+    special = kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None
+    special |= (attention_mask is None and getattr(module, "is_causal", True)) or key.shape[1] != query.shape[1]
+    if query.device.type == "cpu" and query.requires_grad and not special:
         return products(query, key, value, attention_mask, dropout, scaling).transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 

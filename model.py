@@ -501,6 +501,7 @@ class ColBERT(PreTrainedModel):
         for rows in (neighbours if packed else length_batches)(lengths + framing, budget):
             texts = ids, mask = self.frame_passages(values[ranges(starts[rows], lengths[rows])], lengths[rows])
             kept = self.kept(ids, mask)  # (B, Ld)
+            assert np.array_equal(kept.sum(1).numpy(), counts[rows]), "kept tokens differ from what was counted"
             if packed:
                 texts, kept = pack((ids, mask, mask)), kept[mask.bool()]  # (T,)
             positions += kept.numel()

@@ -27,7 +27,7 @@ import transformers
 from measure import (
     DATA,
     MINILM,
-    add_results_flag,
+    add_machine_flags,
     hardware,
     matmul_gflops,
     spread,
@@ -173,10 +173,8 @@ def parse_args():
     parser.add_argument("--bert_base", action=argparse.BooleanOptionalAction, default=False, help="its shape instead")
     parser.add_argument("--n_passages", type=int, default=256, help="spread evenly over the collection")
     parser.add_argument("--repeats", type=int, default=5, help="alternating runs after the warm-up")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1: one core)")
-    parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--reference_batch", type=int, default=1024, help="passages; 1024 is the reference's default")
-    add_results_flag(parser)
+    add_machine_flags(parser)
     return parser.parse_args()
 
 

@@ -55,9 +55,8 @@ def main(args):
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     rows = []
-    print(
-        f"{'stage':18}{'passages':>10}{'writes MB':>11}{'seconds':>9}{'passages/s':>12}{'private MB':>12}{'rss MB':>8}"
-    )
+    titles = ("passages", "writes MB", "seconds", "passages/s", "private MB", "rss MB")
+    print(f"{'stage':18}" + "".join(f"{title:>11}" for title in titles))
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         scratch = Path(scratch)
         model = make_model(scratch, args.tokenizer, args.encoder, args.dim)

@@ -27,7 +27,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from bench_encode import encoder_folder, load_texts, useful_gflop
-from measure import DATA, MINILM, add_results_flag, hardware, matmul_gflops, spread, status_bytes, timed, write_result
+from measure import DATA, MINILM, add_machine_flags, hardware, matmul_gflops, spread, status_bytes, timed, write_result
 
 import train
 from attention import packable
@@ -177,9 +177,7 @@ def parse_args():
     parser.add_argument("--warmup", type=int, default=2, help="steps before the clock starts")
     parser.add_argument("--steps", type=int, default=2, help="steps of a way before the next has its turn")
     parser.add_argument("--repeats", type=int, default=3, help="turns")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1: one core)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="torch device")
-    add_results_flag(parser)
+    add_machine_flags(parser)
     return parser.parse_args()
 
 

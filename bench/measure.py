@@ -66,6 +66,12 @@ def add_results_flag(parser) -> None:
     parser.add_argument("--results", type=Path, default=REPO / "results" / "bench", help="folder of the result lines")
 
 
+def add_machine_flags(parser) -> None:
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1: one core)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="torch device")
+    add_results_flag(parser)
+
+
 def spread(values: list[float], digits: int = 3) -> dict:
     """Median, lowest and highest of some measurements, and how many there were."""
     median, low, high = (round(f(values), digits) for f in (statistics.median, min, max))
