@@ -1,8 +1,8 @@
 """BERT-like encoders on a CPU's bf16, for embedding: packed texts, weights laid out for oneDNN, fused layers.
 
-The same function as the encoder's own forward pass without dropout (Devlin et al., arXiv 1810.04805), several times as
-fast as transformers' under autocast: nothing is computed for padding, nothing is cast from layer to layer, queries,
-keys and values come from one product, and GELU is computed while a product's result is in the cache.
+The same function as the encoder's own forward pass without dropout (Devlin et al., arXiv 1810.04805). It is faster than
+transformers' under autocast (LOG.md) because nothing is computed for padding and nothing is cast from layer to layer;
+queries, keys and values come from one product, and GELU is computed while a product's result is in the cache.
 
 Shapes: B texts of at most L positions, T positions in all, H hidden, h heads of size d = H / h.
 """
@@ -47,17 +47,25 @@ class Layer(NamedTuple):
 def supports(encoder: nn.Module) -> bool:
     """Whether `encode` can take the place of the encoder's own forward pass."""
     config = encoder.config
-    activation = getattr(config, "activation" if config.model_type == "distilbert" else "hidden_act", None)
+    if config.model_type not in NAMES:
+        return False
+    parts = map(stack(encoder)[0].get_submodule, NAMES[config.model_type])
     return (
-        config.model_type in NAMES
-        and activation == "gelu"
+        all(type(part) in (nn.Linear, nn.LayerNorm) for part in parts)  # not what adapters put in their place
+        and getattr(config, "activation" if config.model_type == "distilbert" else "hidden_act") == "gelu"
         and not getattr(config, "is_decoder", False)
+        and encoder.dtype == torch.float32
         and not encoder.training
         and not torch.is_grad_enabled()
         and torch.backends.mkldnn.is_available()
         and all(hasattr(torch.ops.mkldnn, name) for name in OPERATORS)
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
+
+
+def stack(encoder: nn.Module) -> nn.ModuleList:
+    """The encoder's layers as they are."""
+    return (encoder.transformer if hasattr(encoder, "transformer") else encoder.encoder).layer
 
 
 def encode(encoder: nn.Module, input_ids: Tensor, position_ids: Tensor, lengths: list[int], keys: list[int]) -> Tensor:
@@ -88,18 +96,19 @@ def attention(qkv: Tensor, heads: int, lengths: list[int], keys: list[int]) -> T
     """Attention (T, H) within each text, of qkv (T, 3 H)."""
     parts = qkv.view(len(qkv), 3, heads, -1)  # (T, 3, h, d)
     result = parts.new_empty(len(qkv), *parts.shape[2:])  # (T, h, d)
-    padded = {}
-    start = 0
+    buffers, start = {}, 0
     for length, attended in zip(lengths, keys, strict=True):
         width = -(-length // STEP) * STEP
-        if width not in padded:
-            padded[width] = parts.new_zeros(3, heads, width, parts.shape[-1])
-        buffer = padded[width]
-        buffer[:, :, :length] = parts[start : start + length].permute(1, 2, 0, 3)
-        query, key, value = buffer
-        scores = torch.bmm(query, key.transpose(1, 2))  # (h, width, width)
+        if width not in buffers:  # what is behind a text in them is finite, and hidden below
+            inputs = parts.new_zeros(3, heads, width, parts.shape[-1])
+            buffers[width] = inputs, *parts.new_empty(2, heads, width, width)
+        inputs, scores, weights = buffers[width]
+        inputs[:, :, :length] = parts[start : start + length].permute(1, 2, 0, 3)
+        query, key, value = inputs  # (h, width, d)
+        torch.bmm(query, key.transpose(1, 2), out=scores)
         scores[:, :, attended:] = -torch.inf
-        result[start : start + length] = torch.bmm(scores.softmax(-1), value)[:, :length].transpose(0, 1)
+        torch.softmax(scores, -1, out=weights)
+        result[start : start + length] = torch.bmm(weights, value)[:, :length].transpose(0, 1)
         start += length
     return result.view(len(qkv), -1)
 
@@ -109,13 +118,12 @@ _copies = WeakKeyDictionary()  # encoder: (addresses and versions of its weights
 
 def layers(encoder: nn.Module) -> list[Layer]:
     """The encoder's layers in bf16, made again when its weights have changed."""
-    stack = encoder.transformer if hasattr(encoder, "transformer") else encoder.encoder
-    weights = [weight.detach() for weight in stack.parameters()]
+    weights = [weight.detach() for weight in stack(encoder).parameters()]
     where = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
     some = torch.cat([weight.view(-1)[:64] for weight in weights])  # fused optimizers leave the versions as they are
     copy = _copies.get(encoder)
     if copy is None or copy[0] != where or not torch.equal(copy[1], some):
-        copy = _copies[encoder] = where, some, [make_layer(layer, encoder.config) for layer in stack.layer]
+        copy = _copies[encoder] = where, some, [make_layer(layer, encoder.config) for layer in stack(encoder)]
     return copy[2]
 
 

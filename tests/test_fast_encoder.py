@@ -94,7 +94,7 @@ def test_where_it_is_used():
     assert not fast_encoder.supports(bert)  # with gradients
     with torch.no_grad():
         assert fast_encoder.supports(bert) and not attention.packable(bert, CPU, torch.float32)
-        assert not fast_encoder.supports(bert.train())
+        assert not fast_encoder.supports(bert.train()) and not fast_encoder.supports(bert.eval().bfloat16())
         for changed in ({"hidden_act": "relu"}, {"is_decoder": True}):
             config = transformers.BertConfig(**{**gelu, **changed})
             assert not fast_encoder.supports(transformers.BertModel(config).eval())
