@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 OPERATORS = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
 STEP = 32  # attention is computed on multiples of it: few shapes, and whole vectors in its softmax
+GROUP = 16  # texts attended to at a time: a call for each costs more, above all with several threads
 NAMES = {  # of a layer's parts: query, key, value, output, its norm, up, down, their norm
     "distilbert": (
         *("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "sa_layer_norm"),
@@ -77,8 +78,9 @@ def encode(encoder: nn.Module, input_ids: Tensor, position_ids: Tensor, lengths:
     if hasattr(encoder, "embeddings_project"):
         hidden = encoder.embeddings_project(hidden)
     hidden = hidden.bfloat16()  # (T, H)
+    groups = grouped(lengths, keys)
     for layer in layers(encoder):
-        attended = attention(linear(hidden, layer.qkv), encoder.config.num_attention_heads, lengths, keys)
+        attended = attention(linear(hidden, layer.qkv), encoder.config.num_attention_heads, groups)
         hidden = add_norm(linear(attended, layer.out), hidden, layer.norm)
         hidden = add_norm(linear(linear(hidden, layer.up, "gelu"), layer.down), hidden, layer.last_norm)
     return hidden
@@ -92,25 +94,39 @@ def add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
     return F.layer_norm(x.add_(residual), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def attention(qkv: Tensor, heads: int, lengths: list[int], keys: list[int]) -> Tensor:
+class Group(NamedTuple):
+    """G texts whose lengths, rounded up to a multiple of STEP, are the same width W."""
+
+    rows: Tensor  # (G, W) where their positions are; behind a text, its last one again
+    real: Tensor  # (T',) which of the G W are not behind a text
+    hidden: Tensor  # (G, 1, 1, W) true where a position is not attended to
+
+
+def grouped(lengths: list[int], keys: list[int]) -> list[Group]:
+    lengths, keys = torch.tensor(lengths)[:, None], torch.tensor(keys)[:, None]  # (B, 1)
+    starts, widths = lengths.cumsum(0) - lengths, (lengths[:, 0] + STEP - 1) // STEP * STEP
+    groups = []
+    for width in widths.unique().tolist():
+        columns = torch.arange(width)
+        for texts in (widths == width).nonzero()[:, 0].split(GROUP):
+            rows = starts[texts] + columns.minimum(lengths[texts] - 1)
+            real = (columns < lengths[texts]).view(-1).nonzero()[:, 0]
+            groups.append(Group(rows, real, (columns >= keys[texts])[:, None, None]))
+    return groups
+
+
+def attention(qkv: Tensor, heads: int, groups: list[Group]) -> Tensor:
     """Attention (T, H) within each text, of qkv (T, 3 H)."""
-    parts = qkv.view(len(qkv), 3, heads, -1)  # (T, 3, h, d)
-    result = parts.new_empty(len(qkv), *parts.shape[2:])  # (T, h, d)
-    buffers, start = {}, 0
-    for length, attended in zip(lengths, keys, strict=True):
-        width = -(-length // STEP) * STEP
-        if width not in buffers:  # what is behind a text in them is finite, and hidden below
-            inputs = parts.new_zeros(3, heads, width, parts.shape[-1])
-            buffers[width] = inputs, *parts.new_empty(2, heads, width, width)
-        inputs, scores, weights = buffers[width]
-        inputs[:, :, :length] = parts[start : start + length].permute(1, 2, 0, 3)
-        query, key, value = inputs  # (h, width, d)
-        torch.bmm(query, key.transpose(1, 2), out=scores)
-        scores[:, :, attended:] = -torch.inf
-        torch.softmax(scores, -1, out=weights)
-        result[start : start + length] = torch.bmm(weights, value)[:, :length].transpose(0, 1)
-        start += length
-    return result.view(len(qkv), -1)
+    result = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
+    for rows, real, hidden in groups:
+        G, W = rows.shape
+        parts = qkv.index_select(0, rows.view(-1)).view(G, W, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = parts.reshape(3, G * heads, W, -1)  # (G h, W, d)
+        scores = torch.bmm(query, key.transpose(1, 2))  # (G h, W, W)
+        scores.view(G, heads, W, W).masked_fill_(hidden, -torch.inf)
+        attended = torch.bmm(scores.softmax(-1), value).view(G, heads, W, -1).transpose(1, 2)  # (G, W, h, d)
+        result.index_copy_(0, rows.view(-1)[real], attended.reshape(G * W, -1).index_select(0, real))
+    return result
 
 
 _copies = WeakKeyDictionary()  # encoder: (addresses and versions of its weights, some of their values, layers)
