@@ -2,7 +2,8 @@
 
 On a GPU the texts of a batch lie one after the other in one sequence, and each attends within itself by PyTorch's
 variable-length flash attention. Fewer positions may be attended to than get an output: the [MASK] fill of a query has
-outputs and is not attended to (paper, section 3.2). On a CPU batches are padded, and of near-equal length.
+outputs and is not attended to (paper, section 3.2). On a CPU texts are packed where fast_encoder.py knows the encoder
+and nothing is trained; else batches are padded, and of near-equal length.
 
 Shapes: B texts of at most L positions, T positions in all, d size of a head.
 """
@@ -15,6 +16,8 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import fast_encoder
 
 NAME = "colbert"
 PACKABLE = ("bert", "distilbert", "electra", "roberta", "xlm-roberta", "modernbert")  # these take position_ids
@@ -34,7 +37,12 @@ class Packed(NamedTuple):
 
 
 def packable(encoder, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether texts can be packed: on a GPU, in 16 bits, by an encoder that is told the positions; without dropout."""
+    """Whether texts can be packed: on a GPU, in 16 bits, by an encoder that is told the positions; without dropout.
+
+    On a CPU, in bf16, where fast_encoder.py has the encoder, and without gradients.
+    """
+    if device.type == "cpu":
+        return dtype == torch.bfloat16 and fast_encoder.supports(encoder)
     rates = (rate for key, rate in vars(encoder.config).items() if "attention" in key and "dropout" in key)
     return (
         device.type == "cuda"
@@ -71,10 +79,17 @@ def _offsets(counts: Tensor) -> Tensor:
 
 
 def encode_packed(encoder, texts: Packed) -> Tensor:
-    """Last hidden states (T, H) of packed texts. The encoder is one of PACKABLE, in bf16 or fp16 on a GPU."""
+    """Last hidden states (T, H) of packed texts, by an encoder that is `packable`."""
     kind = encoder.config.model_type
     assert encoder.config._attn_implementation == NAME, "another attention would not know where a text ends"
     first = encoder.config.pad_token_id + 1 if kind in COUNT_FROM_PADDING else 0
+    if texts.input_ids.device.type == "cpu" and fast_encoder.supports(encoder):
+        lengths, keys = texts.offsets.diff(), texts.key_offsets.diff()
+        attended = texts.position_ids[0] < keys.repeat_interleave(lengths)  # (T,)
+        assert torch.equal(attended.nonzero()[:, 0], texts.keys), "keys are not the first positions of their texts"
+        return fast_encoder.encode(
+            encoder, texts.input_ids, texts.position_ids + first, lengths.tolist(), keys.tolist()
+        )
     mask = {"full_attention": None, "sliding_attention": None} if kind == "modernbert" else None
     hidden = encoder(texts.input_ids, mask, position_ids=texts.position_ids + first, packed=texts).last_hidden_state
     return hidden[0]

@@ -414,7 +414,12 @@ class ColBERT(PreTrainedModel):
 
     def embed_queries(self, texts: tuple[Tensor, Tensor]) -> Tensor:
         """Embeddings (B, Lq, D) of framed queries, on the host; rows of zeros where nothing scores: they add 0."""
-        return self.embed(to_device(texts, self.device)).cpu() * self.scored(texts[1])[..., None]
+        (ids, mask), scored = texts, self.scored(texts[1])
+        if self.device.type == "cpu" and self.packs():
+            embeddings = torch.zeros(*ids.shape, self.config.dim)  # (B, Lq, D)
+            embeddings[scored] = self.embed(pack((ids, mask, scored)))  # (T, D)
+            return embeddings
+        return self.embed(to_device(texts, self.device)).cpu() * scored[..., None]
 
     def kept(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Which passage tokens are stored and scored (B, L): the real ones that are no punctuation."""
@@ -493,7 +498,8 @@ class ColBERT(PreTrainedModel):
         """
         budget = tokens_per_batch or TOKENS_PER_BATCH.get(self.device.type, 32768)
         dtype = torch.float32 if fp32 else torch.float16
-        packed = not fp32 and packable(self.encoder, self.device, fast_dtype(self.device))
+        with self.autocast(fp32):
+            packed = self.packs()
         framing = self.config.doc_maxlen - self.config.pieces("passage")  # special tokens of a passage
         starts, counts, positions = np.cumsum(lengths) - lengths, self.kept_counts(values, lengths), 0
         first, on_gpu = np.cumsum(counts) - counts, self.device.type == "cuda"
@@ -517,6 +523,12 @@ class ColBERT(PreTrainedModel):
             torch.cuda.current_stream().synchronize()
         real = np.minimum(lengths + framing, self.config.doc_maxlen).sum()
         return embeddings.numpy(), counts, 1 - real / max(1, positions)
+
+    def packs(self) -> bool:
+        """Whether texts can be packed, in the type that torch.autocast is set to here."""
+        kind = self.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        return packable(self.encoder, self.device, dtype)
 
     def autocast(self, fp32: bool = False):
         """Compute in the device's fast 16-bit type where it has one, or in fp32 all the same."""

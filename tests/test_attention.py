@@ -9,7 +9,7 @@ import attention
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
 ENCODERS = {
     "bert": transformers.BertConfig(vocab_size=100, **SHAPE),
-    "electra": transformers.ElectraConfig(vocab_size=100, embedding_size=32, **SHAPE),
+    "electra": transformers.ElectraConfig(vocab_size=100, embedding_size=16, **SHAPE),
     "distilbert": transformers.DistilBertConfig(vocab_size=100, dim=32, n_layers=2, n_heads=2, hidden_dim=64),
     "roberta": transformers.RobertaConfig(vocab_size=100, pad_token_id=1, **SHAPE),
     "xlm-roberta": transformers.XLMRobertaConfig(vocab_size=100, pad_token_id=1, **SHAPE),

@@ -318,6 +318,15 @@ def test_fp32_is_full_fp32(colbert, monkeypatch):
     assert torch.equal(colbert.encode_queries(["find the boat"], fp32=True), exact)
 
 
+@pytest.mark.parametrize("fill", (32, 0))
+def test_queries_in_the_fast_type_are_close(colbert, fill, monkeypatch):
+    monkeypatch.setattr(model_module, "fast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(colbert.config, "expand_queries_to", fill)
+    fast, full = colbert.encode_queries(TEXTS), colbert.encode_queries(TEXTS, fp32=True)
+    assert torch.equal(fast.any(-1), full.any(-1)) and full.any(-1).all() == (fill == 32)
+    assert (fast * full).sum(-1)[full.any(-1)].min() > 0.99
+
+
 def test_tokens_go_with_the_embeddings(colbert, small_blocks):
     embeddings, tokens = colbert.encode_passages(TEXTS, return_tokens=True)
     assert [len(row) for row in tokens] == [len(vectors) for vectors in embeddings]
