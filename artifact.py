@@ -65,6 +65,14 @@ def publish(output_dir):
         partial.rename(output_dir)
 
 
+def link(source: Path, target: Path) -> None:
+    """Hard-link a file, or copy it where the file system cannot."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def write_json(path, value) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of one."""
     partial = Path(f"{path}.partial")

@@ -1,30 +1,36 @@
-"""Build a FAISS IVFPQ index over all token embeddings (paper, section 3.6).
+"""Build an index over all token embeddings: compressed codes (codec.py, search.py), or FAISS IVFPQ (paper, 3.6).
 
-    python build_index.py --embedding_dir embeddings --output_dir index
+    python build_index.py --embedding_dir embeddings --output_dir index                 # 2 bits a dimension
+    python build_index.py --embedding_dir embeddings --output_dir index --keep_vectors  # and an exact last step
+    python build_index.py --embedding_dir embeddings --output_dir index --method ivfpq  # the reference's way
 
 reads   embeddings/ (doc2embedding.py)
-writes  index/: faiss.index, and hard links to the embeddings and pids, so that it is all that retrieve.py needs and
-        costs no second copy on disk
+writes  index/: codes: the codec and segments/; ivfpq: faiss.index. Kept embeddings (ivfpq: always) are hard links: an
+        index is all that retrieve.py needs, and costs no second copy on disk
 
-Trained on a seeded sample of whole passages; embeddings are read and added block by block. On GPUs where the
-installed faiss has them (requirements-gpu.txt), else on all cores. Reference: 21 minutes for 600 M embeddings.
+Trained on a seeded sample of whole passages; embeddings are read and added block by block. On a GPU if there is one
+(IVFPQ: where the installed faiss has them, requirements-gpu.txt), else on all cores. Reference: 21 minutes for 600 M
+embeddings.
 """
 
 import argparse
 import math
-import os
-import shutil
 import time
 from pathlib import Path
 
 import faiss
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from artifact import InputError, fingerprint, publish, read_meta, run_stage, seen_from, write_meta
-from ragged import Ragged
+from artifact import InputError, fingerprint, link, publish, read_meta, run_stage, seen_from, write_meta
+from codec import BITS, MOST_CENTROIDS, Codec
+from model import default_device
+from ragged import Ids, Ragged, neighbours
+from search import create
 
 BLOCK = 1 << 16  # embeddings converted to fp32 and added at a time
+CODES_BLOCK = 1 << 18  # embeddings compressed at a time
 FAISS_MINIMUM = 39  # training embeddings per centroid under which faiss warns
 
 
@@ -34,8 +40,8 @@ def default_nlist(n_embeddings: int) -> int:
     return max(1, min(wanted, n_embeddings // FAISS_MINIMUM))
 
 
-def sample_embeddings(embeddings: Ragged, wanted: int, seed: int) -> np.ndarray:
-    """At least `wanted` embeddings (n, D) fp32 if there are so many, of passages drawn at random, read one by one."""
+def sample_embeddings(embeddings: Ragged, wanted: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """At least `wanted` embeddings (T, D) fp32, or all, of passages drawn at random, and the passages' lengths."""
     rng = np.random.default_rng(seed)
     n_passages, n_embeddings = len(embeddings), len(embeddings.values)
     n_drawn = min(n_passages, math.ceil(1.05 * wanted * n_passages / n_embeddings) + 10)
@@ -46,7 +52,7 @@ def sample_embeddings(embeddings: Ragged, wanted: int, seed: int) -> np.ndarray:
         values, _ = embeddings.gather(block)
         sample[filled : filled + len(values)] = values
         filled += len(values)
-    return sample
+    return sample, embeddings.lengths(rows)
 
 
 def make_index(dim: int, nlist: int, m: int, nbits: int, seed: int):
@@ -67,18 +73,8 @@ def fill(index, embeddings: Ragged) -> None:
         index.add(embeddings.values[start : start + BLOCK].astype(np.float32))
 
 
-def link(source: Path, target: Path) -> None:
-    """Hard-link a file, or copy it where the file system cannot."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def main(args):
-    started = time.time()
-    source_meta = read_meta(args.embedding_dir, "embeddings", "doc2embedding.py")
-    embeddings = Ragged(args.embedding_dir)
+def build_ivfpq(embeddings: Ragged, args, partial: Path) -> dict:
+    """Write faiss.index and links to the embeddings; returns facts for meta.json."""
     n_embeddings, dim = embeddings.values.shape
     nlist = args.nlist or default_nlist(n_embeddings)
     nbits = args.nbits or min(8, int(math.log2(n_embeddings)))
@@ -93,7 +89,7 @@ def main(args):
     n_gpus = getattr(faiss, "get_num_gpus", int)() if args.gpu else 0
     if n_gpus:
         index = faiss.index_cpu_to_all_gpus(index)
-    sample = sample_embeddings(embeddings, args.sample or max(nlist, 2**nbits) * (FAISS_MINIMUM + 1), args.seed)
+    sample = sample_embeddings(embeddings, args.sample or max(nlist, 2**nbits) * (FAISS_MINIMUM + 1), args.seed)[0]
     print(f"{n_embeddings} embeddings: {nlist} lists, {args.m} x {nbits} bits, trained on {len(sample)}", flush=True)
     clock = time.time()
     index.train(sample)
@@ -103,33 +99,75 @@ def main(args):
     add_seconds = time.time() - clock
     if n_gpus:
         index = faiss.index_gpu_to_cpu(index)
+    faiss.write_index(index, str(partial / "faiss.index"))
+    for name in ("values.npy", "offsets.npy", "pids.npy"):
+        link(args.embedding_dir / name, partial / name)
+    return {
+        "nlist": nlist,
+        "m": args.m,
+        "nbits": nbits,
+        "gpus": n_gpus,
+        "imbalance": round(faiss.extract_index_ivf(index).invlists.imbalance_factor(), 3),
+        "bytes_per_embedding": round((partial / "faiss.index").stat().st_size / n_embeddings, 2),
+        "train_seconds": round(train_seconds, 2),
+        "add_seconds": round(add_seconds, 2),
+    }
+
+
+def build_codes(embeddings: Ragged, args, partial: Path) -> dict:
+    """Write a compressed index; returns facts for meta.json."""
+    n_embeddings = len(embeddings.values)
+    nlist = args.nlist or min(MOST_CENTROIDS, default_nlist(n_embeddings))
+    sample, lengths = sample_embeddings(embeddings, args.sample or nlist * (FAISS_MINIMUM + 1), args.seed)
+    print(f"{n_embeddings} embeddings: {nlist} centroids, {args.bits} bits, trained on {len(sample)}", flush=True)
+    device, clock = default_device() if args.gpu else torch.device("cpu"), time.time()
+    codec = Codec.train(sample, lengths, args.bits, nlist, args.seed, device)
+    del sample
+    train_seconds, clock = time.time() - clock, time.time()
+    pids = Ids(args.embedding_dir / "pids.npy")
+
+    def blocks():
+        slices = neighbours(np.diff(embeddings.offsets), CODES_BLOCK)
+        for part in tqdm(slices, disable=None, desc="compress", unit=" blocks"):
+            yield *embeddings.slice(part.start, part.stop), pids.text(np.arange(part.start, part.stop))
+
+    kept = args.embedding_dir / "values.npy" if args.keep_vectors else None
+    create(partial, codec, blocks(), device, kept)
+    size = sum(path.stat().st_size for path in partial.rglob("*.npy") if path.name not in ("vectors.npy", "pids.npy"))
+    return {
+        "bits": args.bits,
+        "keep_vectors": args.keep_vectors,
+        "nlist": nlist,
+        "bytes_per_embedding": round(size / n_embeddings, 2),
+        "train_seconds": round(train_seconds, 2),
+        "add_seconds": round(time.time() - clock, 2),
+    }
+
+
+def main(args):
+    started = time.time()
+    source_meta = read_meta(args.embedding_dir, "embeddings", "doc2embedding.py")
+    embeddings = Ragged(args.embedding_dir)
     with publish(args.output_dir) as partial:
-        faiss.write_index(index, str(partial / "faiss.index"))
-        for name in ("values.npy", "offsets.npy", "pids.npy"):
-            link(args.embedding_dir / name, partial / name)
+        facts = {"codes": build_codes, "ivfpq": build_ivfpq}[args.method](embeddings, args, partial)
         paths = {
             key: seen_from(args.output_dir, args.embedding_dir.resolve() / source_meta[key])
             for key in ("model_path", "collection_path")
             if source_meta.get(key)
         }
         facts = {
+            "method": args.method,
             "embeddings_fingerprint": source_meta["fingerprint"],
             "model": source_meta["model"],
             "model_fingerprint": source_meta["model_fingerprint"],
             **paths,
             "passages": len(embeddings),
-            "embeddings": n_embeddings,
-            "dim": dim,
-            "nlist": nlist,
-            "m": args.m,
-            "nbits": nbits,
-            "gpus": n_gpus,
-            "imbalance": round(faiss.extract_index_ivf(index).invlists.imbalance_factor(), 3),
-            "bytes_per_embedding": round((partial / "faiss.index").stat().st_size / n_embeddings, 2),
-            "train_seconds": round(train_seconds, 2),
-            "add_seconds": round(add_seconds, 2),
+            "embeddings": len(embeddings.values),
+            "dim": embeddings.values.shape[1],
+            **facts,
         }
-        source = fingerprint(source_meta["fingerprint"], nlist, args.m, nbits, args.seed)
+        settings = ("method", "nlist", "m", "nbits", "bits", "keep_vectors", "sample", "seed")
+        source = fingerprint(source_meta["fingerprint"], *(f"{name} {getattr(args, name)}" for name in settings))
         meta = write_meta(partial, "index", source, started, args, **facts)
     return {"output_dir": str(args.output_dir), "seconds": meta["seconds"], **facts}
 
@@ -138,13 +176,23 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--embedding_dir", type=Path, required=True, help="what doc2embedding.py wrote")
     parser.add_argument("--output_dir", type=Path, required=True, help="the index folder to write")
+    parser.add_argument(
+        "--method", choices=("codes", "ivfpq"), default="codes", help="compressed codes, or FAISS IVFPQ (default codes)"
+    )
+    parser.add_argument("--bits", type=int, choices=BITS, default=2, help="codes: bits a dimension (default 2)")
+    parser.add_argument(
+        "--keep_vectors",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="codes: link the fp16 embeddings, for an exact last step",
+    )
     parser.add_argument("--nlist", type=int, help="inverted lists (default: the power of two near 4 sqrt(embeddings))")
-    parser.add_argument("--m", type=int, default=16, help="bytes (sub-quantisers) of an embedding's code (default 16)")
-    parser.add_argument("--nbits", type=int, help="bits of a sub-quantiser (default 8, fewer for tiny collections)")
+    parser.add_argument("--m", type=int, default=16, help="ivfpq: bytes of an embedding's code (default 16)")
+    parser.add_argument("--nbits", type=int, help="ivfpq: bits of a sub-quantiser (default 8, fewer if tiny)")
     parser.add_argument("--sample", type=int, help="embeddings to train on (default: 40 a centroid)")
     parser.add_argument("--seed", type=int, default=12345, help="of the sample and of k-means")
     parser.add_argument(
-        "--gpu", action=argparse.BooleanOptionalAction, default=True, help="use GPUs where faiss has them"
+        "--gpu", action=argparse.BooleanOptionalAction, default=True, help="train on GPUs where there are any"
     )
     return parser.parse_args()
 

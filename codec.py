@@ -4,10 +4,10 @@ Tokens of a passage repeat one another: a third of SQuAD's have a neighbour in t
 passage's tokens are split into representatives and followers. A representative is coded as the nearest of `nlist`
 centroids and its difference from it, a follower as its difference from its representative as decoded: a smaller
 difference, hence fewer bytes. Differences are coded by product quantisation (Jégou et al., TPAMI 2011): M parts, each
-replaced by the nearest of 256 codewords, one byte; before, they are rotated on their principal directions, dealt out so
-that every part gets its share of the variance (Ge et al., CVPR 2013). A last byte brings the decoded vector to unit length. Residuals to
-centroids are ColBERTv2's (arXiv 2112.01488), near-duplicates within a passage Clavié et al.'s (arXiv 2409.14683), who
-average them away. LOG.md has what else was measured.
+replaced by the nearest of 256 codewords, one byte; before, they are rotated on their principal directions, which are
+dealt out so that every part gets its share of the variance (Ge et al., CVPR 2013). A last byte brings the decoded
+vector to unit length. Residuals to centroids are ColBERTv2's (arXiv 2112.01488), near-duplicates within a passage those
+of Clavié et al. (arXiv 2409.14683), who average them away. LOG.md has what else was measured.
 
 The dot product of a query token with a decoded token is a sum of look-ups: one for the centroid, one a part. Scores of
 32 query tokens lie side by side, so that a look-up serves them all by one instruction (kernels.py).
@@ -268,7 +268,7 @@ def as_saved(array: np.ndarray) -> np.ndarray:
 
 
 def balanced_rotation(vectors: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Principal directions (D, D) of vectors (n, D), dealt out to parts of equal product of variances, largest first."""
+    """Principal directions (D, D) of vectors (n, D), dealt out to parts, largest first: like products of variances."""
     variances, directions = np.linalg.eigh(vectors.T @ vectors / len(vectors))
     logs = np.log(np.maximum(variances, 1e-9 + 1e-6 * variances.max()))
     logs -= logs.min()

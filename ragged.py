@@ -82,6 +82,13 @@ class Ragged:
                 f"{folder}: {len(self.values)} values, but offsets up to {self.offsets[-1]}: make it again"
             )
 
+    @classmethod
+    def of(cls, values: np.ndarray, offsets: np.ndarray) -> "Ragged":
+        """Arrays that are at hand."""
+        ragged = object.__new__(cls)
+        ragged.values, ragged.offsets = values, offsets
+        return ragged
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 

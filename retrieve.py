@@ -1,6 +1,7 @@
-"""Search: candidates by IVFPQ, then exact MaxSim (paper, section 3.6); or rerank given candidates; or score everything.
+"""Search an index: by compressed codes or IVFPQ (paper, section 3.6); or rerank given candidates; or score everything.
 
     python retrieve.py --model model --index_dir index --queries queries.dev.tsv --output run.tsv --k 1000
+    python retrieve.py ... --quality best               # of a compressed index: fast, default or best
     python retrieve.py ... --candidates top1000.dev     # reranking: exact MaxSim of the candidates of each query
     python retrieve.py ... --exact                      # every passage, streamed: the ground truth for all else
 
@@ -9,7 +10,9 @@
 reads   index/ (build_index.py; embeddings/ will do for the last two), model/ (train.py), queries (qid, query)
 writes  a run file, TREC (qid Q0 pid rank score tag) or MS MARCO (qid, pid, rank)
 
-For each query token the --faiss_depth nearest embeddings in --nprobe lists are looked up; their passages are ordered
+A compressed index is searched in the steps that search.py describes; --nprobe, --n_centroids, --n_codes and --n_exact
+override what --quality says of each. In an IVFPQ index,
+for each query token the --faiss_depth nearest embeddings in --nprobe lists are looked up; their passages are ordered
 by the sum of what was found (a token that found nothing of a passage counts as its last hit), and the first
 --rerank_depth are scored exactly on the memory-mapped fp16 embeddings, in fp32. Under `accelerate launch` each process
 takes a share of the queries. Reference: 146 ms a query on MS MARCO.
@@ -36,15 +39,15 @@ import runs
 from artifact import InputError, check_file, peak_memory_mb, read_meta, run_stage
 from model import ColBERT, check_texts, default_device, maxsim_packed, model_fingerprint
 from ragged import Ids, Ragged, neighbours
+from search import QUALITY, CompressedIndex, Effort, Ranking
 from tsv import Collection, read_queries
 
 RERANK_TOKENS = {"cpu": 4096, "cuda": 1 << 20}  # embeddings of candidates scored at a time
 EXACT_TOKENS = 4096  # embeddings scored at a time by exact search
 EXACT_QUERIES = 16  # against so many queries: their similarities, 8 MB, stay in the cache
 EXACT_PASSAGES = 2048  # passages whose scores are kept before they are merged into the best
+EFFORT = ("exact", "quality", *Effort._fields, "faiss_depth", "rerank_depth", "batch_size")  # flags of the search
 NPROBE, FAISS_DEPTH, BATCH_SIZE = 32, 1024, 32  # how hard to look, unless told otherwise; queries at a time
-
-Ranking = tuple[np.ndarray, np.ndarray]  # rows of passages and their scores, the best first
 
 
 class Hit(NamedTuple):
@@ -68,9 +71,13 @@ class Searcher:
         self.meta = read_meta(index_dir, "index", "build_index.py", "embeddings")
         self.index_dir, self.gpu_index = Path(index_dir), gpu_index
         self.device = torch.device(device or default_device())
-        self.embeddings, self.pids = Ragged(index_dir), Ids(Path(index_dir) / "pids.npy")
-        # (T, D) fp16, memory-mapped; "c" is copy on write: torch wants it writable, and nothing is written
-        self._values = torch.from_numpy(np.load(Path(index_dir) / "values.npy", mmap_mode="c"))
+        self.codes = None
+        if self.meta.get("method") == "codes":
+            self.codes = self.pids = CompressedIndex(index_dir)
+        else:
+            self.embeddings, self.pids = Ragged(index_dir), Ids(Path(index_dir) / "pids.npy")
+            # (T, D) fp16, memory-mapped; "c" is copy on write: torch wants it writable, and nothing is written
+            self._values = torch.from_numpy(np.load(Path(index_dir) / "values.npy", mmap_mode="c"))
         self.seconds: dict[str, float] = {}  # where the time went
         if model is not None:
             self.model = self._load(model)
@@ -120,8 +127,10 @@ class Searcher:
     def search(self, queries: str | list[str], k: int = 10, **effort) -> list[Hit] | list[list[Hit]]:
         """The k best passages for a query, the best first; a list of such lists for a list of queries.
 
-        effort, for this call only: exact=True scores every passage; nprobe, faiss_depth, rerank_depth are the flags of
-        the same names. Raises InputError where the collection is not the one that the index was made from.
+        effort, for this call only: exact=True scores every passage; quality="fast", "default" or "best", and nprobe,
+        n_centroids, n_codes, n_exact (compressed index), nprobe, faiss_depth, rerank_depth (IVFPQ) are the flags of the
+        same names; among=[pid, ...] searches these passages only (compressed index). Raises InputError where the
+        collection is not the one that the index was made from, or an id of `among` is not in the index.
         """
         if k < 1:
             raise InputError(f"k is {k}: ask for at least one passage")
@@ -136,7 +145,9 @@ class Searcher:
         hits = []
         for row, pid, score in zip(rows.tolist(), pids, scores.tolist(), strict=True):
             found, text = self.collection[row] if row < len(self.collection) else (None, None)
-            if found != pid:
+            if found != pid and self.codes is not None:  # added later, or rows have moved by deletion
+                text = None
+            elif found != pid:
                 raise InputError(
                     f"{self.collection.path}:{row + 1}: pid {found!r}, but {pid!r} in {self.index_dir}: "
                     "give the collection that the index was made from"
@@ -150,26 +161,55 @@ class Searcher:
         k: int,
         candidates: list[np.ndarray] | None = None,
         exact: bool = False,
-        nprobe: int = NPROBE,
-        faiss_depth: int = FAISS_DEPTH,
-        rerank_depth: int | None = None,
+        quality: str = "default",
+        among: list[str] | None = None,
         batch_size: int = BATCH_SIZE,
+        **knobs: int | None,
     ) -> Iterator[Ranking]:
         """Yield the k best rows and their scores for each query, in batches.
 
-        Scored are the query's own `candidates` if they are given, every passage if `exact`, else what IVFPQ finds.
+        Scored are the query's own `candidates` if they are given, every passage if `exact`, else what the index finds.
+        knobs: those that `search` names; None is the default.
         """
-        size = max(1, len(texts)) if exact else batch_size
+        knobs = {name: value for name, value in knobs.items() if value is not None}
+        check_knobs(knobs, quality, among, self.codes is not None)
+        allowed = self._allowed(among)
+        size = max(1, len(texts)) if exact and self.codes is None else batch_size
         starts = range(0, len(texts), size)
         for start in tqdm(starts, disable=None if len(starts) > 1 else True, desc="search", unit=" batches"):
             queries = self.encode(texts[start : start + size])  # (B, Lq, D)
-            if exact:
+            rows = candidates and candidates[start : start + size]
+            if self.codes is not None:
+                yield from self._search_codes(queries, k, rows, exact, QUALITY[quality]._replace(**knobs), allowed)
+            elif exact:
                 yield from self.exact(queries, k)
             elif candidates is not None:
-                yield from self.rerank(queries, candidates[start : start + size], k)
+                yield from self.rerank(queries, rows, k)
             else:
-                depth = rerank_depth or default_rerank_depth(k)
+                depth = knobs.get("rerank_depth") or default_rerank_depth(k)
+                nprobe, faiss_depth = knobs.get("nprobe", NPROBE), knobs.get("faiss_depth", FAISS_DEPTH)
                 yield from self.rerank(queries, self.candidates(queries, nprobe, faiss_depth, depth), k)
+
+    def _search_codes(self, queries: Tensor, k: int, candidates, exact: bool, effort: Effort, allowed) -> list[Ranking]:
+        """Rankings by the compressed index."""
+        queries = queries.float().cpu()
+        with self._timed("codes"):
+            if candidates is None and not exact:
+                return self.codes.search_many(queries, k, effort, allowed)
+            every = np.flatnonzero(self.codes.alive() if allowed is None else allowed)
+            lists = [every] * len(queries) if exact else [np.sort(rows) for rows in candidates]
+            return [self.codes.rank(*pair, k) for pair in zip(queries, lists, strict=True)]
+
+    def _allowed(self, among: list[str] | None) -> np.ndarray | None:
+        """Whether each row may be found (n,) bool, from ids; None: all may."""
+        if among is None:
+            return None
+        rows = self.codes.rows(among)
+        if (rows < 0).any():
+            raise InputError(f"{self.index_dir}: has no passage {among[int((rows < 0).argmax())]}")
+        allowed = np.zeros(len(self.codes), bool)
+        allowed[rows] = True
+        return allowed
 
     def encode(self, texts: list[str]) -> Tensor:
         """Query embeddings (B, Lq, D) fp32."""
@@ -244,6 +284,21 @@ class Searcher:
         return [top(rows, scores, k) for rows, scores in zip(best_rows.numpy(), best.numpy(), strict=True)]
 
 
+def check_knobs(knobs: dict, quality: str, among, is_compressed: bool) -> None:
+    """Raises InputError for what the kind of index does not know."""
+    known = Effort._fields if is_compressed else ("nprobe", "faiss_depth", "rerank_depth")
+    for name, value in knobs.items():
+        if name not in known:
+            kind = "a compressed index" if is_compressed else "IVFPQ"
+            raise InputError(f"{name} says nothing to {kind}: give {', '.join(known)}")
+        if value < 1:
+            raise InputError(f"{name} is {value}: give at least 1")
+    if quality not in QUALITY:
+        raise InputError(f"quality {quality!r}: give {', '.join(QUALITY)}")
+    if not is_compressed and (among is not None or quality != "default"):
+        raise InputError("among and quality are for a compressed index: build_index.py --method codes")
+
+
 def best_candidates(rows: np.ndarray, similarities: np.ndarray, n: int) -> np.ndarray:
     """The n passages whose found embeddings promise the highest MaxSim, as rows (<= n,), in no order.
 
@@ -275,7 +330,7 @@ def search_all(searcher: Searcher, queries: dict[str, str], args) -> Iterator[tu
     candidates = None
     if args.candidates:
         candidates = list(runs.read_candidates(args.candidates, searcher.pids, queries).values())
-    effort = {name: getattr(args, name) for name in ("exact", "nprobe", "faiss_depth", "rerank_depth", "batch_size")}
+    effort = {name: getattr(args, name) for name in EFFORT}
     rankings = searcher.rankings(list(queries.values()), args.k, candidates, **effort)
     for qid, (rows, scores) in zip(queries, rankings, strict=True):
         yield qid, searcher.pids.text(rows), scores.tolist()
@@ -348,10 +403,16 @@ def parse_args():
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--candidates", type=Path, help="rerank these: top1000.dev, a run file, or qid, pid")
     how.add_argument("--exact", action=switch, default=False, help="score every passage")
-    parser.add_argument("--nprobe", type=int, default=NPROBE, help="lists searched for each query token (default 32)")
-    parser.add_argument("--faiss_depth", type=int, default=FAISS_DEPTH, help="embeddings found for each (default 1024)")
-    parser.add_argument("--rerank_depth", type=int, help="passages scored exactly (default: k, at least 1000)")
     parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="queries at a time (default 32)")
+    parser.add_argument("--nprobe", type=int, help="lists searched for each query token (default: by --quality, or 32)")
+    group = parser.add_argument_group("compressed index")
+    group.add_argument("--quality", choices=tuple(QUALITY), default="default", help="how hard to look")
+    group.add_argument("--n_centroids", type=int, help="passages scored by their centroids (default: by --quality)")
+    group.add_argument("--n_codes", type=int, help="of them, scored by their codes (default: by --quality, least 2 k)")
+    group.add_argument("--n_exact", type=int, help="of them, scored by kept vectors (default: by --quality, least 2 k)")
+    group = parser.add_argument_group("IVFPQ")
+    group.add_argument("--faiss_depth", type=int, help=f"embeddings found for each query token (default {FAISS_DEPTH})")
+    group.add_argument("--rerank_depth", type=int, help="passages scored exactly (default: k, at least 1000)")
     parser.add_argument("--cpu", action=switch, default=False, help="use the CPU even where there is a GPU")
     parser.add_argument("--gpu_index", action=switch, default=False, help="put the FAISS index on the GPUs too")
     return parser.parse_args()

@@ -12,10 +12,13 @@ change writes new files first, and replaces state.json last. Whoever has the ind
 A segment's inverted lists are kept for blocks of 65,536 passages, so that two bytes name one.
 """
 
+import fcntl
 import json
-from collections.abc import Iterable
+import math
+import shutil
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,11 +27,15 @@ import torch
 from torch import Tensor
 
 import kernels
-from codec import Codec
+from artifact import InputError, link, write_json
+from codec import Codec, Tables
 from kernels import FINAL, LANES
 from model import maxsim_packed
-from ragged import Ids, IdWriter, NpyWriter, Ragged, ranges
+from ragged import Ids, IdWriter, NpyWriter, Ragged, neighbours, ranges
 
+Ranking = tuple[np.ndarray, np.ndarray]  # rows of passages and their scores, the best first
+EXACT_TOKENS = 4096  # embeddings scored exactly at a time
+COMPACT_PASSAGES = 4096  # passages copied at a time
 BLOCK = 1 << 16  # passages whose inverted lists are kept together
 
 
@@ -98,8 +105,8 @@ class SegmentWriter:
         self.starts.append(starts[None])
 
     def close(self) -> None:
-        if self.n > self.starts.n_rows * BLOCK or not self.n:
-            self._write_lists() if self.n else self.starts.append(np.zeros((1, *self.starts.row_shape), np.int64))
+        if self.n > self.starts.n_rows * BLOCK:
+            self._write_lists()
         for writer in (self.data, self.sizes, self.lists, self.starts, self.offsets, self.pids, self.vectors):
             if writer is not None:
                 writer.close()
@@ -109,55 +116,65 @@ class SegmentWriter:
 
 
 class Segment:
-    """A memory-mapped segment and what is deleted in it."""
+    """A memory-mapped segment; alive: the file that says what is not deleted in it, None if everything is there."""
 
-    def __init__(self, folder, deleted: str | None, first_row: int):
-        self.folder, self.first_row, self.deleted = Path(folder), first_row, deleted
+    def __init__(self, folder, alive: str | None, first_row: int):
+        self.folder, self.first_row = Path(folder), first_row
         names = ("data", "offsets", "sizes", "lists", "starts")
-        self.data, self.offsets, self.sizes, self.lists, self.starts = (self._open(name) for name in names)
+        self.data, self.offsets, self.sizes, self.lists, self.starts = (self._load(name) for name in names)
         self.pids = Ids(self.folder / "pids.npy")
-        self.alive = np.load(self.folder / deleted, mmap_mode="r") if deleted else None  # (n,) bool
+        self._alive = np.load(self.folder / alive) if alive else None
+        self.vectors = None
+        if (self.folder / "vectors.npy").is_file():
+            offsets = np.append(0, self.sizes.sum(1, dtype=np.int64).cumsum())
+            self.vectors = Ragged.of(np.load(self.folder / "vectors.npy", mmap_mode="c"), offsets)
 
-    def _open(self, name: str) -> np.ndarray:
+    def _load(self, name: str) -> np.ndarray:
         return np.load(self.folder / f"{name}.npy", mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self.sizes)
 
-    @cached_property
-    def vectors(self) -> Ragged | None:
-        """The fp16 vectors of the passages, where they are kept."""
-        if not (self.folder / "vectors.npy").is_file():
-            return None
-        ragged = object.__new__(Ragged)
-        ragged.values = self._open("vectors")
-        ragged.offsets = np.concatenate([[0], np.cumsum(self.sizes.sum(1, dtype=np.int64))])
-        return ragged
+    def alive(self, rows: np.ndarray) -> np.ndarray:
+        """Whether each of some passages is there (n,) bool."""
+        return np.ones(len(rows), bool) if self._alive is None else self._alive[rows]
 
 
 class CompressedIndex:
     """An open compressed index; a row is a passage's position among all segments."""
 
     def __init__(self, folder):
+        """Raises InputError if there is no index, or one that a killed process has left without a state."""
         self.folder = Path(folder)
-        state = json.loads((self.folder / "state.json").read_text())
-        self.version, self.codec = state["version"], Codec.load(self.folder)
-        self.segments, first = [], 0
-        for entry in state["segments"]:
-            self.segments.append(Segment(self.folder / "segments" / entry["name"], entry["alive"], first))
-            first += len(self.segments[-1])
-        self.n = first
+        if not (self.folder / "state.json").is_file():
+            raise InputError(f"{folder}: not a compressed index (no state.json): run build_index.py first")
+        self.codec = Codec.load(self.folder)
+        while True:
+            self.state = read_state(self.folder)
+            try:
+                self._open()
+                return
+            except FileNotFoundError:  # replaced since the state was read?
+                if read_state(self.folder) == self.state:
+                    raise
+
+    def _open(self) -> None:
+        self.segments, self.n = [], 0
+        for entry in self.state["segments"]:
+            self.segments.append(Segment(self.folder / "segments" / entry["name"], entry["alive"], self.n))
+            self.n += len(self.segments[-1])
+        self.keeps_vectors = all(segment.vectors is not None for segment in self.segments)
 
     def __len__(self) -> int:
         """Passages, the deleted ones among them."""
         return self.n
 
     def alive(self) -> np.ndarray:
-        """Whether each row is there (n,) bool."""
-        parts = [np.ones(len(s), bool) if s.alive is None else s.alive for s in self.segments]
-        return np.concatenate(parts) if parts else np.zeros(0, bool)
+        """Whether each row is there, (n,) bool."""
+        parts = [segment.alive(np.arange(len(segment))) for segment in self.segments]
+        return np.concatenate([np.zeros(0, bool), *parts])
 
-    def pids(self, rows: np.ndarray) -> list[str]:
+    def text(self, rows: np.ndarray) -> list[str]:
         """Ids of the given rows."""
         found = np.empty(len(rows), object)
         for segment in self.segments:
@@ -166,94 +183,109 @@ class CompressedIndex:
         return found.tolist()
 
     def rows(self, pids: list[str]) -> np.ndarray:
-        """The row of each id that is there (n,) int64, -1 for the others."""
+        """The row of each id that is there, (n,) int64; -1 for the others."""
         rows = np.full(len(pids), -1)
         for segment in self.segments:
             local = segment.pids.rows(pids)
             there = local >= 0
-            if segment.alive is not None:
-                there[there] = segment.alive[local[there]]
+            there[there] = segment.alive(local[there])
             rows[there] = local[there] + segment.first_row
         return rows
 
-    def search(self, query: Tensor, k: int, effort: Effort, allowed: np.ndarray | None = None):
-        """The k best rows for a query (Lq, D), and their scores; allowed (n,) bool: rows that may be found."""
-        padding = ~query.any(1)
-        query = query[~padding] if padding.any() else query
-        n_codes, n_exact = max(effort.n_codes, 2 * k), max(effort.n_exact, 2 * k)
+    # --------------------------------------------------------------------------------------------------------- search
+
+    def search(self, query: Tensor, k: int, effort: Effort, allowed: np.ndarray | None = None) -> Ranking:
+        """The k best rows for a query (Lq, D) fp32, and their scores; allowed (n,) bool: rows that may be found."""
+        query, tables = self._prepare(query)
+        n_codes = max(effort.n_codes, 2 * k)
         n_centroids = max(effort.n_centroids, n_codes)
-        tables = [self.codec.tables(part) for part in query.split(LANES)]
         if allowed is not None and allowed.sum() <= n_centroids:
-            rows = self._alive_of(np.flatnonzero(allowed))
+            rows = np.flatnonzero(allowed & self.alive())
         else:
             rows = self._probe(query, tables, effort.nprobe, n_centroids, allowed)
         if len(rows) > n_codes:
-            rows = rows[highest(self._scores(rows, tables, kernels.score_centroids), n_codes)]
-        scores = self._scores(rows, tables, kernels.score_passages)
-        if self.segments and self.segments[0].vectors is not None:
-            rows = np.sort(rows[highest(scores, n_exact)])
+            rows = rows[highest(self._scores(rows, tables, codes=False), n_codes)]
+        return self._finish(query, tables, rows, k, effort.n_exact)
+
+    def rank(self, query: Tensor, rows: np.ndarray, k: int, n_exact: int | None = None) -> Ranking:
+        """The k best of the given rows, in order; n_exact: how many are scored exactly, by default all."""
+        query, tables = self._prepare(query)
+        return self._finish(query, tables, rows, k, len(rows) if n_exact is None else n_exact)
+
+    def _prepare(self, query: Tensor) -> tuple[Tensor, list[Tables]]:
+        query = query[query.any(1)]  # rows of zeros pad a query: they score 0 everywhere
+        return query, [self.codec.tables(part) for part in query.split(LANES)]
+
+    def _finish(self, query: Tensor, tables, rows: np.ndarray, k: int, n_exact: int) -> Ranking:
+        """Steps 3 and 4."""
+        if not self.keeps_vectors:
+            scores = self._scores(rows, tables)
+        else:
+            n_exact = max(n_exact, 2 * k)
+            if len(rows) > n_exact:
+                rows = rows[highest(self._scores(rows, tables), n_exact)]
             scores = self._exact(query, rows)
         best = highest(scores, k)
         best = best[np.lexsort((rows[best], -scores[best]))]
         return rows[best], scores[best]
 
-    def _alive_of(self, rows: np.ndarray) -> np.ndarray:
-        return rows[self.alive()[rows]]
-
-    def _probe(self, query: Tensor, tables, nprobe: int, n: int, allowed) -> np.ndarray:
-        """Step 1: the n most promising rows."""
-        similarities = np.concatenate([part.centroids[:, : len(q)] for part, q in zip(tables, query.split(LANES))], 1)
-        nprobe = min(nprobe, len(similarities))
-        values, probes = torch.from_numpy(similarities.T.astype(np.int32)).topk(nprobe)  # (Lq, nprobe)
-        gains = (values - values[:, -1:]).int().numpy() + 1
-        probes = probes.numpy()
+    def _probe(self, query: Tensor, tables, nprobe: int, n: int, allowed: np.ndarray | None) -> np.ndarray:
+        """Step 1: the n most promising rows, in order."""
+        parts = [part.centroids[:, : min(LANES, len(query) - i * LANES)] for i, part in enumerate(tables)]
+        similarities = torch.from_numpy(np.concatenate(parts, 1).T.astype(np.float32))  # (Lq, C)
+        values, probes = similarities.topk(min(nprobe, similarities.shape[1]))
+        gains, probes = (values - values[:, -1:] + 1).int().numpy(), probes.numpy()
         rows, promises = np.zeros(0, np.int64), np.zeros(0, np.int32)
         seen, totals, found = np.zeros(BLOCK, np.uint8), np.zeros(BLOCK, np.int32), np.empty(BLOCK, np.int64)
         for segment in self.segments:
             for number, starts in enumerate(segment.starts):
                 passages, promise = kernels.probe(segment.lists, starts, probes, gains, seen, totals, found)
                 passages += number * BLOCK
-                if segment.alive is not None:
-                    kept = segment.alive[passages]
-                    passages, promise = passages[kept], promise[kept]
+                kept = segment.alive(passages)
                 passages += segment.first_row
                 if allowed is not None:
-                    kept = allowed[passages]
-                    passages, promise = passages[kept], promise[kept]
-                rows, promises = np.concatenate([rows, passages]), np.concatenate([promises, promise])
+                    kept &= allowed[passages]
+                rows = np.concatenate([rows, passages[kept]])
+                promises = np.concatenate([promises, promise[kept]])
                 best = highest(promises, n)
                 rows, promises = rows[best], promises[best]
         return np.sort(rows)
 
-    def _scores(self, rows: np.ndarray, tables, kernel) -> np.ndarray:
-        """Steps 2 and 3: MaxSim (n,) fp32 of rows in order."""
+    def _scores(self, rows: np.ndarray, tables: list[Tables], codes: bool = True) -> np.ndarray:
+        """Steps 2 and 3: MaxSim (n,) of rows in order, by their codes or by their centroids alone."""
         scores = np.zeros(len(rows), np.int32)
-        for segment in self.segments:
-            start, stop = np.searchsorted(rows, [segment.first_row, segment.first_row + len(segment)])
-            if start == stop:
-                continue
-            local, out = rows[start:stop] - segment.first_row, scores[start:stop]
-            arrays = (local, segment.data, segment.offsets, segment.sizes)
-            for part in tables:
-                if kernel is kernels.score_centroids:
-                    kernel(*arrays, part.centroids, out)
+        for segment, part in self.parts(rows):
+            arrays = (rows[part] - segment.first_row, segment.data, segment.offsets, segment.sizes)
+            for table in tables:
+                if codes:
+                    kernels.score_passages(*arrays, self.codec.M, *table, scores[part])
                 else:
-                    kernel(*arrays, self.codec.M, *part, out)
+                    kernels.score_centroids(*arrays, table.centroids, scores[part])
         return scores.astype(np.float32) / FINAL
 
     def _exact(self, query: Tensor, rows: np.ndarray) -> np.ndarray:
         """Step 4: exact MaxSim (n,) of rows in order."""
         scores = np.empty(len(rows), np.float32)
-        for segment in self.segments:
-            start, stop = np.searchsorted(rows, [segment.first_row, segment.first_row + len(segment)])
-            if start < stop:
-                values, lengths = segment.vectors.gather(rows[start:stop] - segment.first_row)
-                vectors = torch.from_numpy(values).float()
-                scores[start:stop] = maxsim_packed(query[None], vectors, torch.from_numpy(lengths))[0].numpy()
+        for segment, part in self.parts(rows):
+            local = rows[part] - segment.first_row
+            for block in neighbours(segment.vectors.lengths(local), EXACT_TOKENS):
+                positions, lengths = segment.vectors.positions(local[block])
+                vectors = torch.index_select(
+                    torch.from_numpy(segment.vectors.values), 0, torch.from_numpy(positions)
+                ).float()
+                found = maxsim_packed(query[None], vectors, torch.from_numpy(lengths))
+                scores[part][block] = found[0].numpy()
         return scores
 
-    def search_batch(self, queries: Iterable[Tensor], k: int, effort: Effort, allowed=None) -> list:
-        """`search` for many queries, one a thread."""
+    def parts(self, rows: np.ndarray) -> Iterator[tuple[Segment, slice]]:
+        """Each segment that has some of these rows, with their slice."""
+        for segment in self.segments:
+            part = slice(*np.searchsorted(rows, [segment.first_row, segment.first_row + len(segment)]))
+            if part.start < part.stop:
+                yield segment, part
+
+    def search_many(self, queries: Iterable[Tensor], k: int, effort: Effort, allowed=None) -> list[Ranking]:
+        """`search` for many queries, each on one of the threads."""
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
             return list(threads.map(lambda query: self.search(query, k, effort, allowed), queries))
 
@@ -261,3 +293,114 @@ class CompressedIndex:
 def highest(scores: np.ndarray, n: int) -> np.ndarray:
     """Positions of the n highest scores, in order of position."""
     return np.sort(np.argpartition(-scores, n - 1)[:n]) if len(scores) > n else np.arange(len(scores))
+
+
+# ------------------------------------------------------------------------------------------------------------- change
+
+
+def read_state(folder) -> dict:
+    """What is in an index now: its version, and each segment's name and the file of what is alive in it."""
+    return json.loads((Path(folder) / "state.json").read_text())
+
+
+@contextmanager
+def changing(folder):
+    """Give the state of an index to be changed; replaces it when the block ends, unless by an exception.
+
+    One process at a time: others wait. What no state names any more, or a killed process has left, is removed.
+    """
+    folder = Path(folder)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        state = read_state(folder)
+        _remove_leftovers(folder, state)
+        state["version"] += 1
+        yield state
+        write_json(folder / "state.json", state)
+        _remove_leftovers(folder, state)
+
+
+def _remove_leftovers(folder: Path, state: dict) -> None:
+    named = {entry["name"]: entry["alive"] for entry in state["segments"]}
+    for segment in (folder / "segments").iterdir():
+        if segment.name not in named:
+            shutil.rmtree(segment)
+            continue
+        for path in segment.glob("alive-*.npy"):
+            if path.name != named[segment.name]:
+                path.unlink()
+
+
+def create(folder, codec: Codec, blocks: Iterable, device="cpu", vectors=None) -> None:
+    """Write codec, state and a first segment of blocks (values (T, D), lengths (n,), pids) into an empty folder.
+
+    vectors: the .npy file of all values, to be linked and kept.
+    """
+    folder = Path(folder)
+    codec.save(folder)
+    writer = SegmentWriter(folder / "segments" / "1", codec, keep_vectors=False)
+    for values, lengths, pids in blocks:
+        writer.append(*codec.encode(values, lengths, device), pids)
+    writer.close()
+    if vectors is not None:
+        link(Path(vectors), writer.folder / "vectors.npy")
+    write_json(folder / "state.json", {"version": 1, "segments": [{"name": "1", "alive": None}]})
+
+
+def add(folder, blocks: Iterable) -> int:
+    """Add passages to an index: blocks of (values (T, D), lengths (n,), pids); returns how many.
+
+    Raises InputError if one of the ids is there already; the index is then as it was.
+    """
+    index, taken = CompressedIndex(folder), set()
+    with changing(folder) as state:
+        if state["version"] != index.state["version"] + 1:  # changed while this one waited
+            index = CompressedIndex(folder)
+        name = str(state["version"])
+        writer = SegmentWriter(Path(folder) / "segments" / name, index.codec, index.keeps_vectors)
+        for values, lengths, pids in blocks:
+            there = [pid for pid, row in zip(pids, index.rows(pids).tolist(), strict=True) if row >= 0]
+            repeated = there or [pid for pid in pids if pid in taken] or [p for p in pids if pids.count(p) > 1]
+            if repeated:
+                raise InputError(f"{folder}: has a passage {repeated[0]} already: delete it first, or leave it out")
+            taken.update(pids)
+            writer.append(*index.codec.encode(values, lengths), pids, values)
+        writer.close()
+        if writer.n:
+            state["segments"].append({"name": name, "alive": None})
+    return writer.n
+
+
+def delete(folder, pids: list[str]) -> int:
+    """Delete passages from an index; returns how many. Raises InputError if one of the ids is not there."""
+    with changing(folder) as state:
+        index = CompressedIndex(folder)
+        rows = index.rows(pids)
+        if (rows < 0).any():
+            raise InputError(f"{folder}: has no passage {pids[int((rows < 0).argmax())]}")
+        rows = np.unique(rows)
+        entries = {segment.folder.name: entry for segment, entry in zip(index.segments, state["segments"], strict=True)}
+        for segment, part in index.parts(rows):
+            entry = entries[segment.folder.name]
+            alive = segment.alive(np.arange(len(segment)))
+            alive[rows[part] - segment.first_row] = False
+            entry["alive"] = f"alive-{state['version']}.npy"
+            np.save(segment.folder / entry["alive"], alive)
+    return len(rows)
+
+
+def compact(folder) -> int:
+    """Make one segment of all, without what was deleted; returns its passages. Nothing is compressed anew."""
+    with changing(folder) as state:
+        index, name = CompressedIndex(folder), str(state["version"])
+        writer = SegmentWriter(Path(folder) / "segments" / name, index.codec, index.keeps_vectors)
+        for segment in index.segments:
+            alive = np.flatnonzero(segment.alive(np.arange(len(segment))))
+            for rows in np.array_split(alive, math.ceil(len(alive) / COMPACT_PASSAGES) or 1):
+                starts, ends = segment.offsets[rows], segment.offsets[rows + 1]
+                data = segment.data[ranges(starts, ends - starts)]
+                vectors = segment.vectors.gather(rows)[0] if index.keeps_vectors else None
+                writer.append(data, segment.sizes[rows], segment.pids.text(rows), vectors)
+        writer.close()
+        state["segments"] = [{"name": name, "alive": None}]
+    return writer.n
