@@ -1,0 +1,15 @@
+"""Benchmarks that check something: the fast way of training comes to what the plain one comes to."""
+
+import json
+
+from conftest import run_stage_cli, succeed
+
+
+def test_fast_training_is_as_good(tokens_dir, encoder_dir, toy_dir, tmp_path):
+    arguments = {"--tokens_dir": tokens_dir, "--base_model": encoder_dir, "--results": tmp_path, "--seeds": 3}
+    arguments |= {"--queries": toy_dir / "queries.tsv", "--qrels": toy_dir / "qrels.tsv", "--every": 1}
+    arguments |= {"--max_steps": 4, "--dim": 16, "--warmup_steps": 1, "--batch_size": 4}
+    succeed(run_stage_cli("bench/bench_quality.py", *(part for pair in arguments.items() for part in pair)))
+    line = json.loads((tmp_path / "quality.jsonl").read_text())
+    assert [row["way"] for row in line["rows"]] == ["padded", "fast"] and line["questions"] == 16
+    assert line["differences"][0]["largest_loss_difference"] < 0.05
