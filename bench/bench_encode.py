@@ -7,6 +7,11 @@ similar length: what is won by not computing padding) and ours (the CPU's bf16 o
 tokenizer, with the ids in memory, and end with fp16 embeddings in memory. `gflops` counts the multiplications that
 real tokens need, so padding is no work done; `roof` is a square matmul in the same type, measured beside it. Peak
 memory is that of a process of its own for each way, `working` what it takes above weights and libraries.
+
+With --environments, sentence-transformers' MultiVectorEncoder and PyLate encode the same texts with the same weights,
+each in its environment (bench/peers) and in the fastest of PEER_SETTINGS, which is found on every fourth text. They
+begin with texts: their tokenizer's time, measured apart, is taken off. Of few passages every batch but the smallest is
+much padding: --n_passages 512 shows what a collection takes.
 """
 
 import argparse
@@ -35,11 +40,14 @@ from measure import (
     working_memory,
     write_result,
 )
+from parity import call_peer, peer_versions
 
 from model import FRAME, MARKERS, ColBERT, fast_dtype, tokenize
 from tsv import read_id_text
 
 WAYS = ("reference", "ours_fp32", "ours")
+PEERS = ("sentence-transformers", "pylate")
+PEER_SETTINGS = list(itertools.product(("fp32", "bf16 weights", "bf16 autocast"), (4, 8, 16, 32)))  # texts in a batch
 
 
 def load_model(args) -> ColBERT:
@@ -116,6 +124,44 @@ def check_agreement(results: dict) -> float:
     return lowest
 
 
+class Peer:
+    """Another library with our weights in its own layout. Every run is a process of its own, with a run to warm up."""
+
+    def __init__(self, name: str, model: ColBERT, texts: list[str], environments: Path):
+        self.name, self.environments, self.times = name, environments, []
+        self.folder = tempfile.TemporaryDirectory()  # as long as this object lives
+        self.work = Path(self.folder.name)
+        model.save_pretrained(self.work / "model", layout=name)
+        few = [total - part for total, part in self.run(texts[::4], PEER_SETTINGS)]
+        self.setting = PEER_SETTINGS[np.argmin(few)]
+        self.tried = [(*setting, round(seconds, 3)) for setting, seconds in zip(PEER_SETTINGS, few, strict=True)]
+
+    def run(self, texts: list[str], settings: list[tuple]) -> list[list[float]]:
+        """[seconds, the tokenizer's part] of each setting."""
+        files = {"texts": str(self.work / "texts.json"), "output": str(self.work / "vectors.npz")}
+        Path(files["texts"]).write_text(json.dumps({"passages": texts}))
+        job = {"time": str(self.work / "model"), "settings": settings, **files}
+        return json.loads(call_peer(self.environments, self.name, [job], self.work).splitlines()[-1])
+
+    def row(self, ours: tuple) -> dict:
+        """The figures; ours: what embed_passages returned, of which there must be as many for every passage."""
+        embeddings, counts, _ = ours
+        theirs, seconds = np.load(self.work / "vectors.npz"), spread([total - part for total, part in self.times])
+        cosines = torch.cosine_similarity(torch.from_numpy(theirs["passages"]), torch.from_numpy(embeddings).float())
+        assert np.array_equal(theirs["passages_counts"], counts), f"{self.name} keeps other tokens than we do"
+        return {
+            "way": self.name,
+            "versions": peer_versions(self.environments, self.name),
+            "dtype": self.setting[0],
+            "batch": self.setting[1],
+            "seconds": seconds,
+            "passages_per_second": round(len(counts) / seconds["median"], 1),
+            "tokenizer_seconds": spread([part for _, part in self.times]),
+            "lowest_cosine_to_ours": round(float(cosines.min()), 4),
+            "settings_on_a_fourth": self.tried,
+        }
+
+
 def main(args):
     machine = hardware()
     ways, lengths, model = prepare(args)
@@ -125,8 +171,13 @@ def main(args):
     padding = {way: results[way][2] for way in WAYS[1:]}
     padding["reference"] = 1 - lengths.mean() / model.config.doc_maxlen
     seconds = {way: [] for way in WAYS}
-    for _, way in itertools.product(range(args.repeats), WAYS):
-        seconds[way].append(timed(ways[way])[1])
+    texts = load_texts(args.collection, args.n_passages)
+    peers = [Peer(name, model, texts, args.environments) for name in PEERS] if args.environments else []
+    for _ in range(args.repeats):
+        for way in WAYS:
+            seconds[way].append(timed(ways[way])[1])
+        for peer in peers:
+            peer.times += peer.run(texts, [peer.setting])
     gflop, rows = useful_gflop(model, lengths), []
     fast = fast_dtype(model.device)
     roofs = {dtype: matmul_gflops(dtype, args.device) for dtype in {torch.float32, fast}}
@@ -155,6 +206,13 @@ def main(args):
             f"({row['share_of_roof']:.0%}), {row['peak_mb']} MB ({row['working_mb']} for the work): "
             f"{row['speed_ratio']} x"
         )
+    for peer in peers:
+        rows.append(row := peer.row(results["ours_fp32"]))
+        row["speed_ratio"] = round(rows[0]["seconds"]["median"] / row["seconds"]["median"], 2)
+        print(
+            f"{peer.name}, {row['dtype']}, {row['batch']} a batch: {row['passages_per_second']} passages/s, "
+            f"lowest cosine to ours {row['lowest_cosine_to_ours']}: {row['speed_ratio']} x"
+        )
     print(f"{len(lengths)} passages of {lengths.mean():.1f} tokens; lowest cosine to the reference's: {cosine:.4f}")
     encoder = model.encoder.config
     facts = {
@@ -173,6 +231,7 @@ def parse_args():
     parser.add_argument("--bert_base", action=argparse.BooleanOptionalAction, default=False, help="its shape instead")
     parser.add_argument("--n_passages", type=int, default=256, help="spread evenly over the collection")
     parser.add_argument("--repeats", type=int, default=5, help="alternating runs after the warm-up")
+    parser.add_argument("--environments", type=Path, help="folder of the peers' virtual environments, to measure them")
     parser.add_argument("--reference_batch", type=int, default=1024, help="passages; 1024 is the reference's default")
     add_machine_flags(parser)
     return parser.parse_args()

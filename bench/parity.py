@@ -223,30 +223,35 @@ def prepare(args, work: Path, texts: Path, golden_texts: Path) -> tuple[dict[str
     return jobs, compared
 
 
-def run_peer(environments: Path, layout: str, jobs: list[dict], work: Path) -> str:
-    """Run a peer over its jobs in its own environment, and change settings in between; returns its versions."""
-    python = environments / PEERS[layout] / "bin" / "python"
+def call_peer(environments: Path, peer: str, jobs: list[dict], work: Path) -> str:
+    """Run jobs of a peer in its own environment; returns what it printed."""
     script = Path(__file__).parent / "peers" / "peer.py"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    (work / "jobs.json").write_text(json.dumps(jobs))
+    command = [environments / peer / "bin" / "python", script, peer, work / "jobs.json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise InputError(f"{peer} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return done.stdout
 
-    def call(jobs: list[dict]) -> None:
-        (work / "jobs.json").write_text(json.dumps(jobs))
-        done = subprocess.run(
-            [python, script, PEERS[layout], work / "jobs.json"], capture_output=True, text=True, env=environment
-        )
-        if done.returncode:
-            raise InputError(f"{PEERS[layout]} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
-    call([job for job in jobs if "make" in job])
+def peer_versions(environments: Path, peer: str) -> str:
+    """Versions of a peer and of what it computes with."""
+    listing = "import importlib.metadata as m; print(*(f'{p} {m.version(p)}' for p in %r), sep=', ')"
+    command = [environments / peer / "bin" / "python", "-c", listing % [peer, "transformers", "torch"]]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def run_peer(environments: Path, layout: str, jobs: list[dict], work: Path) -> str:
+    """Run a peer over its jobs, and change settings in between; returns its versions."""
+    call_peer(environments, PEERS[layout], [job for job in jobs if "make" in job], work)
     for job in jobs:
         if "copy" in job:
             shutil.copytree(job["copy"], job["to"])
             patch(Path(job["to"]), VARIANTS[job["layout"]][job["variant"]])
-    call([job for job in jobs if "encode" in job])
-    listing = "import importlib.metadata as m; print(*(f'{p} {m.version(p)}' for p in %r), sep=', ')"
-    names = [{"stanford": "colbert-ai"}.get(layout, layout), "transformers", "torch"]
-    return subprocess.run([python, "-c", listing % names], capture_output=True, text=True).stdout.strip()
+    call_peer(environments, PEERS[layout], [job for job in jobs if "encode" in job], work)
+    return peer_versions(environments, PEERS[layout])
 
 
 @functools.cache

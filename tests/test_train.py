@@ -163,9 +163,10 @@ def test_a_model_comes_out(model_dir, encoder_dir):
     assert len(changed) > 20 and sum(changed) > len(changed) - 3  # position embeddings past the longest text and such
 
 
-def test_same_losses_by_two_processes(model_dir, train_arguments, tmp_path):
-    done = succeed(launch_cli(2, "train.py", *train_arguments, "--output_dir", tmp_path / "model"))
-    assert json.loads(done.stdout.splitlines()[-1])["processes"] == 2
+@pytest.mark.parametrize("processes", [2, 4])
+def test_same_losses_by_processes(model_dir, train_arguments, tmp_path, processes):
+    done = succeed(launch_cli(processes, "train.py", *train_arguments, "--output_dir", tmp_path / "model"))
+    assert json.loads(done.stdout.splitlines()[-1])["processes"] == processes
     assert losses(tmp_path / "model") == pytest.approx(losses(model_dir), rel=1e-4)
 
 

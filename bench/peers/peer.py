@@ -1,21 +1,28 @@
-"""Another library at work in its own environment: makes checkpoints and encodes texts. Called by bench/parity.py.
+"""Another library at work in its own environment: makes checkpoints and encodes texts.
 
     python bench/peers/peer.py pylate jobs.json
 
-reads   jobs.json: a list of {"make": folder, "base": encoder, ...} and of {"encode": folder, "texts", "output": files}
+Called by bench/parity.py and bench/bench_encode.py.
+
+reads   jobs.json: a list of {"make": folder, "base": encoder, ...}, of {"encode": folder, "texts", "output": files} and
+        of {"time": folder, "texts": file, "settings": [[how it computes, batch size], ...], "output": file}
 writes  checkpoints by the library's own save function, and embeddings: .npz of values (T, D) and counts (n,), fp32, of
-        queries and of passages
+        queries and of passages; for "time" prints JSON: [[seconds, the tokenizer's part], ...] of the settings
 """
 
 import json
 import sys
+import time
 
 import numpy as np
 import torch
 
 
 def encoders(peer: str):
-    """How the library makes a checkpoint and how it encodes texts with one: two functions."""
+    """How the library makes a checkpoint and how it encodes texts with one: two functions.
+
+    Where its speed is measured, three more: how it opens a checkpoint, encodes passages and tokenises them.
+    """
     if peer == "sentence-transformers":
         from sentence_transformers import MultiVectorEncoder
         from sentence_transformers.base.modules import Normalize, Transformer
@@ -47,6 +54,12 @@ def encoders(peer: str):
             queries = model.encode_query(texts["queries"], convert_to_numpy=True)
             return queries, model.encode_document(texts["passages"], convert_to_numpy=True)
 
+        parts = (
+            lambda folder: MultiVectorEncoder(folder, device="cpu"),
+            lambda model, texts, size: model.encode_document(texts, batch_size=size),
+            lambda model, texts: model.preprocess(texts, prompt=model.prompts.get("document"), task="document"),
+        )
+
     elif peer == "pylate":
         from pylate import models
 
@@ -64,6 +77,12 @@ def encoders(peer: str):
             model = models.ColBERT(folder, device="cpu")
             queries = model.encode(texts["queries"], is_query=True, show_progress_bar=False)
             return queries, model.encode(texts["passages"], is_query=False, show_progress_bar=False)
+
+        parts = (
+            lambda folder: models.ColBERT(folder, device="cpu"),
+            lambda model, texts, size: model.encode(texts, batch_size=size, is_query=False, convert_to_tensor=True),
+            lambda model, texts: model.tokenize(texts, is_query=False),
+        )
 
     else:
         from colbert.infra import ColBERTConfig
@@ -87,17 +106,44 @@ def encoders(peer: str):
             queries = model.queryFromText(texts["queries"], bsize=32)
             return list(queries.numpy()), [part.numpy() for part in model.docFromText(texts["passages"], 32, False)[0]]
 
-    return make, encode
+        parts = ()
+
+    return make, encode, *parts
+
+
+def time_passages(job: dict, load, encode, tokenize) -> list[list[float]]:
+    """For each setting the seconds of encoding all passages, and of the tokenizer's part in it, after a warm-up."""
+    with open(job["texts"]) as file:
+        texts = json.load(file)["passages"]
+    by_length, times = sorted(texts, key=len, reverse=True), []  # as the libraries sort them
+    for way, size in job["settings"]:
+        model = load(job["time"])
+        if way == "bf16 weights":
+            model.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=way == "bf16 autocast"):
+            encode(model, texts, size)
+            started = time.perf_counter()
+            parts = encode(model, texts, size)
+            encoded = time.perf_counter()
+        for start in range(0, len(texts), size):
+            tokenize(model, by_length[start : start + size])
+        times.append([encoded - started, time.perf_counter() - encoded])
+    values = np.concatenate([part.float().numpy() for part in parts])  # of the last setting
+    np.savez(job["output"], passages=values, passages_counts=np.array([len(part) for part in parts]))
+    return times
 
 
 def main(peer: str, jobs_file: str) -> None:
-    make, encode = encoders(peer)
+    make, encode, *parts = encoders(peer)
     with open(jobs_file) as file:
         jobs = json.load(file)
     for job in jobs:
         torch.manual_seed(0)
         if "make" in job:
             make(job)
+            continue
+        if "time" in job:
+            print(json.dumps(time_passages(job, *parts)), flush=True)
             continue
         with open(job["texts"]) as file:
             texts = json.load(file)

@@ -1,0 +1,26 @@
+"""Benchmarks: the fast way of training comes to what the plain one comes to; pictures are drawn of what there is."""
+
+import json
+import shutil
+
+from conftest import ROOT, run_stage_cli, succeed
+
+
+def test_fast_training_is_as_good(tokens_dir, encoder_dir, toy_dir, tmp_path):
+    arguments = {"--tokens_dir": tokens_dir, "--base_model": encoder_dir, "--results": tmp_path, "--seeds": 3}
+    arguments |= {"--queries": toy_dir / "queries.tsv", "--qrels": toy_dir / "qrels.tsv", "--every": 1}
+    arguments |= {"--max_steps": 4, "--dim": 16, "--warmup_steps": 1, "--batch_size": 4}
+    succeed(run_stage_cli("bench/bench_quality.py", *(part for pair in arguments.items() for part in pair)))
+    line = json.loads((tmp_path / "quality.jsonl").read_text())
+    assert [row["way"] for row in line["rows"]] == ["padded", "fast"]
+    difference = line["differences"][0]
+    assert difference["questions"] == 16 and difference["largest_loss_difference"] < 0.05
+
+
+def test_pictures_of_what_was_measured(tmp_path):
+    for name, found in (("all", ROOT / "results/bench"), ("none", tmp_path)):
+        (tmp_path / name).mkdir()
+        for path in found.glob("*.jsonl"):
+            shutil.copyfile(path, tmp_path / name / path.name)
+        done = succeed(run_stage_cli("bench/plot.py", "--results", tmp_path / name))
+        assert (tmp_path / name / "speed.png").is_file() == (name == "all"), done.stdout
