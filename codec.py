@@ -246,8 +246,8 @@ class Codec:
         n, f = map(int, size)
         parts = np.split(data, np.cumsum([2 * n, f, n, f, self.M[0] * n]))
         centroids = parts[0].copy().view("<u2").astype(np.int64)
-        firsts = self.centroids[centroids] + self.books[0].decode(parts[4].reshape(n, -1))
-        followers = firsts[parts[1]] + self.books[1].decode(parts[5].reshape(f, -1))
+        firsts = self.centroids[centroids] + self.books[0].decode(parts[4].reshape(n, self.M[0]))
+        followers = firsts[parts[1]] + self.books[1].decode(parts[5].reshape(f, self.M[1]))
         factors = NORM_LEAST + NORM_STEP * np.concatenate([parts[2], parts[3]]).astype(np.float32)
         return np.concatenate([firsts, followers]) * factors[:, None]
 
