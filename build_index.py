@@ -30,7 +30,6 @@ from ragged import Ids, Ragged, neighbours
 from search import create
 
 BLOCK = 1 << 16  # embeddings converted to fp32 and added at a time
-DEFAULT_BITS = 2
 CODES_BLOCK = 1 << 18  # embeddings compressed at a time
 
 
@@ -67,21 +66,21 @@ def fill(index, embeddings: Ragged) -> None:
 def build_ivfpq(embeddings: Ragged, args, partial: Path) -> dict:
     """Write faiss.index and links to the embeddings; returns facts for meta.json."""
     n_embeddings, dim = embeddings.values.shape
-    nlist = args.nlist or default_nlist(n_embeddings)
+    nlist, m = args.nlist or default_nlist(n_embeddings), args.m or 16
     nbits = args.nbits or min(8, int(math.log2(n_embeddings)))
-    if dim % args.m:
-        raise InputError(f"--m {args.m} does not divide the dimension {dim}: give a divisor of {dim}")
+    if dim % m:
+        raise InputError(f"--m {m} does not divide the dimension {dim}: give a divisor of {dim}")
     if n_embeddings < max(nlist, 2**nbits):
         raise InputError(
             f"{args.embedding_dir}: {n_embeddings} embeddings cannot train {nlist} lists and codebooks of {2**nbits}: "
             "lower --nlist and --nbits"
         )
-    index = make_index(dim, nlist, args.m, nbits, args.seed)
+    index = make_index(dim, nlist, m, nbits, args.seed)
     n_gpus = getattr(faiss, "get_num_gpus", int)() if args.gpu else 0
     if n_gpus:
         index = faiss.index_cpu_to_all_gpus(index)
     sample = sample_embeddings(embeddings, args.sample or max(nlist, 2**nbits) * PER_CENTROID, args.seed)[0]
-    print(f"{n_embeddings} embeddings: {nlist} lists, {args.m} x {nbits} bits, trained on {len(sample)}", flush=True)
+    print(f"{n_embeddings} embeddings: {nlist} lists, {m} x {nbits} bits, trained on {len(sample)}", flush=True)
     clock = time.time()
     index.train(sample)
     del sample
@@ -95,7 +94,7 @@ def build_ivfpq(embeddings: Ragged, args, partial: Path) -> dict:
         link(args.embedding_dir / name, partial / name)
     return {
         "nlist": nlist,
-        "m": args.m,
+        "m": m,
         "nbits": nbits,
         "gpus": n_gpus,
         "imbalance": round(faiss.extract_index_ivf(index).invlists.imbalance_factor(), 3),
@@ -108,11 +107,11 @@ def build_ivfpq(embeddings: Ragged, args, partial: Path) -> dict:
 def build_codes(embeddings: Ragged, args, partial: Path) -> dict:
     """Write a compressed index; returns facts for meta.json."""
     n_embeddings = len(embeddings.values)
-    nlist = args.nlist or min(MOST_CENTROIDS, default_nlist(n_embeddings))
+    nlist, bits = args.nlist or min(MOST_CENTROIDS, default_nlist(n_embeddings)), args.bits or 2
     sample, lengths = sample_embeddings(embeddings, args.sample or nlist * PER_CENTROID, args.seed)
-    print(f"{n_embeddings} embeddings: {nlist} centroids, {args.bits} bits, trained on {len(sample)}", flush=True)
+    print(f"{n_embeddings} embeddings: {nlist} centroids, {bits} bits, trained on {len(sample)}", flush=True)
     device, clock = default_device() if args.gpu else torch.device("cpu"), time.time()
-    codec = Codec.train(sample, lengths, args.bits, nlist, args.seed, device)
+    codec = Codec.train(sample, lengths, bits, nlist, args.seed, device)
     del sample
     train_seconds, clock = time.time() - clock, time.time()
     pids = Ids(args.embedding_dir / "pids.npy")
@@ -125,7 +124,7 @@ def build_codes(embeddings: Ragged, args, partial: Path) -> dict:
 
     create(partial, codec, blocks(), args.embedding_dir / "values.npy" if args.keep_vectors else None)
     return {
-        "bits": args.bits,
+        "bits": bits,
         "keep_vectors": args.keep_vectors,
         "nlist": nlist,
         "train_seconds": round(train_seconds, 2),
@@ -156,14 +155,23 @@ def collect_codes(source_meta: dict, args, partial: Path) -> dict:
     return {"bits": source_meta["bits"], "keep_vectors": False, "nlist": source_meta["nlist"]}
 
 
+def check_flags(args) -> None:
+    """Raises InputError for a flag of the other method."""
+    flags = {"codes": ("bits", "keep_vectors"), "ivfpq": ("m", "nbits")}
+    other = "ivfpq" if args.method == "codes" else "codes"
+    for name in flags[other]:
+        if getattr(args, name):
+            raise InputError(f"--{name} says nothing to --method {args.method}: leave it out, or give --method {other}")
+
+
 def main(args):
     started = time.time()
+    check_flags(args)
     source_meta = read_meta(args.embedding_dir, "embeddings", "doc2embedding.py")
     with publish(args.output_dir) as partial:
         if source_meta.get("bits"):
             facts = collect_codes(source_meta, args, partial)
         else:
-            args.bits = args.bits or DEFAULT_BITS
             build = {"codes": build_codes, "ivfpq": build_ivfpq}[args.method]
             facts = build(Ragged(args.embedding_dir), args, partial)
         if args.method == "codes":
@@ -205,7 +213,7 @@ def parse_args():
         help="codes: link the fp16 embeddings, for an exact last step",
     )
     parser.add_argument("--nlist", type=int, help="inverted lists (default: the power of two near 4 sqrt(embeddings))")
-    parser.add_argument("--m", type=int, default=16, help="ivfpq: bytes of an embedding's code (default 16)")
+    parser.add_argument("--m", type=int, help="ivfpq: bytes of an embedding's code (default 16)")
     parser.add_argument("--nbits", type=int, help="ivfpq: bits of a sub-quantiser (default 8, fewer if tiny)")
     parser.add_argument("--sample", type=int, help="embeddings to train on (default: 40 a centroid)")
     parser.add_argument("--seed", type=int, default=12345, help="of the sample and of k-means")
