@@ -328,10 +328,13 @@ def unit(vectors: Tensor) -> Tensor:
 
 def assign(vectors: Tensor, centroids: Tensor, device="cpu") -> Tensor:
     """The nearest of the unit centroids (C, D) for each vector (n, D): (n,) int64. Products in bf16."""
-    centroids = centroids.to(device, torch.bfloat16).T.contiguous()
-    block = ASSIGN_BLOCK if torch.device(device).type == "cpu" else 64 * ASSIGN_BLOCK
-    parts = [(part.to(device, torch.bfloat16) @ centroids).argmax(1).cpu() for part in vectors.split(block)]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+    centroids, nearest = centroids.to(device, torch.bfloat16), []
+    for part in vectors.split(ASSIGN_BLOCK):
+        similarities = (part.to(device, torch.bfloat16) @ centroids.T).float()
+        # on a CPU numpy's argmax is many times faster than PyTorch's
+        on_cpu = similarities.device.type == "cpu"
+        nearest.append(torch.from_numpy(similarities.numpy().argmax(1)) if on_cpu else similarities.argmax(1).cpu())
+    return torch.cat(nearest) if nearest else torch.zeros(0, dtype=torch.int64)
 
 
 def kmeans(vectors: Tensor, n: int, rng, device="cpu") -> Tensor:

@@ -167,12 +167,12 @@ def probe(lists, starts, probes, gains, seen, totals, found):
 
     lists: passages of each list; starts (C + 1,): where a list begins; probes (Lq, P): the lists of each query token,
     the best first; gains (Lq, P): what a hit adds. A passage counts once a query token, by its best list.
-    seen (block,) uint8 and totals (block,) int32, all 0 before and after; found: room for the passages.
+    seen (block,) uint16 and totals (block,) int32, all 0 before and after; found: room for the passages.
     Returns the passages and their totals.
     """
     n = 0
     for q in range(len(probes)):
-        stamp = np.uint8(q + 1)
+        stamp = np.uint16(q + 1)
         for j in range(probes.shape[1]):
             gain = gains[q, j]
             for at in range(starts[probes[q, j]], starts[probes[q, j] + 1]):

@@ -1,6 +1,6 @@
 """The compressed index: passages as codec.py writes them, inverted lists over the centroids, and the search in them.
 
-A query goes through four steps, each cheaper a passage and coarser than the next:
+A query goes through four steps, each cheaper and coarser than the next:
  1. probe: for each query token, the passages of the `nprobe` lists nearest to it; what a passage promises is the sum of
     its lists' similarities, a token that found nothing of it counting as its last list (as in WARP, arXiv 2501.17788);
  2. the first `n_centroids` of them by MaxSim with the centroids alone (PLAID's centroid interaction, arXiv 2205.09707);
@@ -237,7 +237,7 @@ class CompressedIndex:
         values, probes = similarities.topk(min(nprobe, similarities.shape[1]))
         gains, probes = ((values - values[:, -1:]) * PROMISE).int().numpy() + 1, probes.numpy()
         rows, promises = np.zeros(0, np.int64), np.zeros(0, np.int32)
-        seen, totals, found = np.zeros(BLOCK, np.uint8), np.zeros(BLOCK, np.int32), np.empty(BLOCK, np.int64)
+        seen, totals, found = np.zeros(BLOCK, np.uint16), np.zeros(BLOCK, np.int32), np.empty(BLOCK, np.int64)
         for segment in self.segments:
             for number, starts in enumerate(segment.starts):
                 passages, promise = kernels.probe(segment.lists, starts, probes, gains, seen, totals, found)
@@ -274,11 +274,9 @@ class CompressedIndex:
             local = rows[part] - segment.first_row
             for block in neighbours(segment.vectors.lengths(local), EXACT_TOKENS):
                 positions, lengths = segment.vectors.positions(local[block])
-                vectors = torch.index_select(
-                    torch.from_numpy(segment.vectors.values), 0, torch.from_numpy(positions)
-                ).float()
-                found = maxsim_packed(query[None], vectors, torch.from_numpy(lengths))
-                scores[part][block] = found[0].numpy()
+                values, positions = torch.from_numpy(segment.vectors.values), torch.from_numpy(positions)
+                vectors = torch.index_select(values, 0, positions).float()
+                scores[part][block] = maxsim_packed(query[None], vectors, torch.from_numpy(lengths))[0].numpy()
         return scores
 
     def parts(self, rows: np.ndarray) -> Iterator[tuple[Segment, slice]]:

@@ -90,7 +90,7 @@ def test_probe_counts_the_best_list_of_each_query_token():
     starts = np.append(0, np.cumsum([len(part) for part in members]))
     probes = np.stack([rng.permutation(10)[:4] for _ in range(5)])
     gains = -np.sort(-rng.integers(1, 100, (5, 4)), axis=1).astype(np.int32)
-    seen, totals = np.zeros(50, np.uint8), np.zeros(50, np.int32)
+    seen, totals = np.zeros(50, np.uint16), np.zeros(50, np.int32)
     arrays = (np.concatenate(members), starts, probes, gains, seen, totals, np.empty(50, np.int64))
     slow = {}
     for lists, row in zip(probes, gains, strict=True):
