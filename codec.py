@@ -328,13 +328,17 @@ def unit(vectors: Tensor) -> Tensor:
 
 def assign(vectors: Tensor, centroids: Tensor, device="cpu") -> Tensor:
     """The nearest of the unit centroids (C, D) for each vector (n, D): (n,) int64. Products in bf16."""
-    centroids, nearest = centroids.to(device, torch.bfloat16), []
-    for part in vectors.split(ASSIGN_BLOCK):
-        similarities = (part.to(device, torch.bfloat16) @ centroids.T).float()
-        # on a CPU numpy's argmax is many times faster than PyTorch's
-        on_cpu = similarities.device.type == "cpu"
-        nearest.append(torch.from_numpy(similarities.numpy().argmax(1)) if on_cpu else similarities.argmax(1).cpu())
-    return torch.cat(nearest) if nearest else torch.zeros(0, dtype=torch.int64)
+    centroids, nearest = centroids.to(device, torch.bfloat16), torch.empty(len(vectors), dtype=torch.int64)
+    # One result and one buffer: small results among large passing ones would leave a heap of holes.
+    buffer = torch.empty(min(ASSIGN_BLOCK, len(vectors)), len(centroids), device=device)
+    for start in range(0, len(vectors), ASSIGN_BLOCK):
+        part = vectors[start : start + ASSIGN_BLOCK].to(device, torch.bfloat16)
+        similarities = buffer[: len(part)].copy_(part @ centroids.T)
+        if similarities.device.type == "cpu":  # numpy's argmax is many times faster there
+            nearest[start : start + len(part)] = torch.from_numpy(similarities.numpy().argmax(1))
+        else:
+            nearest[start : start + len(part)] = similarities.argmax(1)
+    return nearest
 
 
 def kmeans(vectors: Tensor, n: int, rng, device="cpu") -> Tensor:
