@@ -216,7 +216,7 @@ def test_search_of_one_text_of_several_and_of_none(searcher):
             searcher.search("drum", k)
     with pytest.raises(InputError, match="text 0 is of type int"):
         searcher.search([1])
-    with pytest.raises(TypeError, match="nprobes"):
+    with pytest.raises(InputError, match="nprobes says nothing to IVFPQ"):
         searcher.search("drum", nprobes=3)
 
 
