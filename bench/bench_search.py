@@ -9,8 +9,9 @@ Recall is the share of the exact search's k best passages that are among the k f
 by itself. `bytes_per_token` is the index on disk without ids, and the fp16 vectors where the search reads them;
 `build_peak_mb` memory that no file backs; `open_ms` without imports.
 
-With --environments, a folder of virtual environments named as in PEERS, other libraries take part, each in its own
-environment (bench/peers/search_peer.py); one whose environment is not there is left out.
+With --environments, a folder of virtual environments named colbert-ai, fast-plaid and xtr-warp-rs (made from
+bench/peers/requirements-*.txt), other libraries take part, each in its own (bench/peers/search_peer.py); one that is
+not there is left out.
 """
 
 import argparse
@@ -68,11 +69,11 @@ SYSTEMS = {
     "exact": System({}, {"every passage": None}),
     "plaid-2": System({"bits": 2}, PLAID, "colbert-ai"),
     "plaid-4": System({"bits": 4}, PLAID, "colbert-ai"),
+    "fast-plaid-2": System({"bits": 2}, FAST_PLAID, "fast-plaid"),
     "fast-plaid-4": System({"bits": 4}, FAST_PLAID, "fast-plaid"),
     "warp-2": System({"bits": 2}, WARP, "xtr-warp-rs"),
     "warp-4": System({"bits": 4}, WARP, "xtr-warp-rs"),
 }
-PEERS = {"colbert-ai": "colbert-ai", "fast-plaid": "pylate", "xtr-warp-rs": "xtr-warp"}  # library: its environment
 SCRIPT = "bench/peers/search_peer.py"
 
 
@@ -103,7 +104,7 @@ def spread_over(n: int, wanted: int) -> np.ndarray:
     return np.linspace(0, n - 1, min(wanted, n)).astype(int)
 
 
-def build(name: str, python: Path | None, vectors: Path, index: Path) -> dict:
+def build(name: str, python: Path, vectors: Path, index: Path) -> dict:
     """Build an index; what it cost."""
     system, (n_tokens, dim) = SYSTEMS[name], Ragged(vectors).values.shape
     reads_vectors = name in ("exact", "ivfpq") or "keep_vectors" in system.build
@@ -121,7 +122,7 @@ def build(name: str, python: Path | None, vectors: Path, index: Path) -> dict:
     return {**facts, "build_peak_mb": done["private_mb"], **version}
 
 
-def search(name: str, python: Path | None, vectors: Path, index: Path, queries: torch.Tensor) -> tuple:
+def search(name: str, python: Path, vectors: Path, index: Path, queries: torch.Tensor) -> tuple:
     """Open an index, search it: milliseconds of opening, then rows and seconds as `time_queries` gives them."""
     system = SYSTEMS[name]
     settings = list(system.settings.values())
@@ -188,12 +189,12 @@ def main(args):
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     environments = args.environments.absolute() if args.environments else Path("none")
-    pythons = {library: environments / folder / "bin" / "python" for library, folder in PEERS.items()} | {None: None}
-    names = [name for name in args.systems if not SYSTEMS[name].library or pythons[SYSTEMS[name].library].exists()]
+    pythons = {name: environments / (SYSTEMS[name].library or "") / "bin" / "python" for name in args.systems}
+    names = [name for name in args.systems if not SYSTEMS[name].library or pythons[name].exists()]
     queries = load_queries(args)
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         vectors = take_passages(args.embedding_dir.absolute(), args.n_passages, Path(work) / "embeddings")
-        places = {name: (pythons[SYSTEMS[name].library], vectors, Path(work) / name) for name in names}
+        places = {name: (pythons[name], vectors, Path(work) / name) for name in names}
         built = {}
         for name in names:
             built[name] = build(name, *places[name])
