@@ -4,7 +4,7 @@
     python build_index.py --embedding_dir embeddings --output_dir index --keep_vectors  # and an exact last step
     python build_index.py --embedding_dir embeddings --output_dir index --method ivfpq  # the reference's way
 
-reads   embeddings/ (doc2embedding.py)
+reads   embeddings/ (doc2embedding.py, with vectors or already compressed)
 writes  index/: codes: the codec and segments/; ivfpq: faiss.index. Kept embeddings (ivfpq: always) are hard links: an
         index is all that retrieve.py needs, and costs no second copy on disk
 
@@ -24,31 +24,21 @@ import torch
 from tqdm import tqdm
 
 from artifact import InputError, fingerprint, link, publish, read_meta, run_stage, seen_from, write_meta
-from codec import BITS, MOST_CENTROIDS, Codec
+from codec import BITS, MOST_CENTROIDS, PER_CENTROID, Codec, default_nlist, sample_passages
 from model import default_device
 from ragged import Ids, Ragged, neighbours
 from search import create
 
 BLOCK = 1 << 16  # embeddings converted to fp32 and added at a time
 CODES_BLOCK = 1 << 18  # embeddings compressed at a time
-FAISS_MINIMUM = 39  # training embeddings per centroid under which faiss warns
-
-
-def default_nlist(n_embeddings: int) -> int:
-    """The power of two nearest to 4 * sqrt(n), and never more lists than can be trained."""
-    wanted = 2 ** round(math.log2(4 * math.sqrt(n_embeddings)))
-    return max(1, min(wanted, n_embeddings // FAISS_MINIMUM))
 
 
 def sample_embeddings(embeddings: Ragged, wanted: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """At least `wanted` embeddings (T, D) fp32, or all, of passages drawn at random, and the passages' lengths."""
-    rng = np.random.default_rng(seed)
-    n_passages, n_embeddings = len(embeddings), len(embeddings.values)
-    n_drawn = min(n_passages, math.ceil(1.05 * wanted * n_passages / n_embeddings) + 10)
-    rows = np.sort(rng.choice(n_passages, n_drawn, replace=False))
+    rows = sample_passages(embeddings.offsets, wanted, seed)
     sample = np.empty((int(embeddings.lengths(rows).sum()), embeddings.values.shape[1]), np.float32)
     filled = 0
-    for block in np.array_split(rows, math.ceil(n_drawn / 1000)):
+    for block in np.array_split(rows, math.ceil(len(rows) / 1000)):
         values, _ = embeddings.gather(block)
         sample[filled : filled + len(values)] = values
         filled += len(values)
@@ -76,21 +66,21 @@ def fill(index, embeddings: Ragged) -> None:
 def build_ivfpq(embeddings: Ragged, args, partial: Path) -> dict:
     """Write faiss.index and links to the embeddings; returns facts for meta.json."""
     n_embeddings, dim = embeddings.values.shape
-    nlist = args.nlist or default_nlist(n_embeddings)
+    nlist, m = args.nlist or default_nlist(n_embeddings), args.m or 16
     nbits = args.nbits or min(8, int(math.log2(n_embeddings)))
-    if dim % args.m:
-        raise InputError(f"--m {args.m} does not divide the dimension {dim}: give a divisor of {dim}")
+    if dim % m:
+        raise InputError(f"--m {m} does not divide the dimension {dim}: give a divisor of {dim}")
     if n_embeddings < max(nlist, 2**nbits):
         raise InputError(
             f"{args.embedding_dir}: {n_embeddings} embeddings cannot train {nlist} lists and codebooks of {2**nbits}: "
             "lower --nlist and --nbits"
         )
-    index = make_index(dim, nlist, args.m, nbits, args.seed)
+    index = make_index(dim, nlist, m, nbits, args.seed)
     n_gpus = getattr(faiss, "get_num_gpus", int)() if args.gpu else 0
     if n_gpus:
         index = faiss.index_cpu_to_all_gpus(index)
-    sample = sample_embeddings(embeddings, args.sample or max(nlist, 2**nbits) * (FAISS_MINIMUM + 1), args.seed)[0]
-    print(f"{n_embeddings} embeddings: {nlist} lists, {args.m} x {nbits} bits, trained on {len(sample)}", flush=True)
+    sample = sample_embeddings(embeddings, args.sample or max(nlist, 2**nbits) * PER_CENTROID, args.seed)[0]
+    print(f"{n_embeddings} embeddings: {nlist} lists, {m} x {nbits} bits, trained on {len(sample)}", flush=True)
     clock = time.time()
     index.train(sample)
     del sample
@@ -104,7 +94,7 @@ def build_ivfpq(embeddings: Ragged, args, partial: Path) -> dict:
         link(args.embedding_dir / name, partial / name)
     return {
         "nlist": nlist,
-        "m": args.m,
+        "m": m,
         "nbits": nbits,
         "gpus": n_gpus,
         "imbalance": round(faiss.extract_index_ivf(index).invlists.imbalance_factor(), 3),
@@ -117,11 +107,11 @@ def build_ivfpq(embeddings: Ragged, args, partial: Path) -> dict:
 def build_codes(embeddings: Ragged, args, partial: Path) -> dict:
     """Write a compressed index; returns facts for meta.json."""
     n_embeddings = len(embeddings.values)
-    nlist = args.nlist or min(MOST_CENTROIDS, default_nlist(n_embeddings))
-    sample, lengths = sample_embeddings(embeddings, args.sample or nlist * (FAISS_MINIMUM + 1), args.seed)
-    print(f"{n_embeddings} embeddings: {nlist} centroids, {args.bits} bits, trained on {len(sample)}", flush=True)
+    nlist, bits = args.nlist or min(MOST_CENTROIDS, default_nlist(n_embeddings)), args.bits or 2
+    sample, lengths = sample_embeddings(embeddings, args.sample or nlist * PER_CENTROID, args.seed)
+    print(f"{n_embeddings} embeddings: {nlist} centroids, {bits} bits, trained on {len(sample)}", flush=True)
     device, clock = default_device() if args.gpu else torch.device("cpu"), time.time()
-    codec = Codec.train(sample, lengths, args.bits, nlist, args.seed, device)
+    codec = Codec.train(sample, lengths, bits, nlist, args.seed, device)
     del sample
     train_seconds, clock = time.time() - clock, time.time()
     pids = Ids(args.embedding_dir / "pids.npy")
@@ -129,27 +119,65 @@ def build_codes(embeddings: Ragged, args, partial: Path) -> dict:
     def blocks():
         slices = neighbours(np.diff(embeddings.offsets), CODES_BLOCK)
         for part in tqdm(slices, disable=None, desc="compress", unit=" blocks"):
-            yield *embeddings.slice(part.start, part.stop), pids.text(np.arange(part.start, part.stop))
+            values, lengths = embeddings.slice(part.start, part.stop)
+            yield *codec.encode(values, lengths, device), pids.text(np.arange(part.start, part.stop))
 
-    kept = args.embedding_dir / "values.npy" if args.keep_vectors else None
-    create(partial, codec, blocks(), device, kept)
-    size = sum(path.stat().st_size for path in partial.rglob("*.npy") if path.name not in ("vectors.npy", "pids.npy"))
+    create(partial, codec, blocks(), args.embedding_dir / "values.npy" if args.keep_vectors else None)
     return {
-        "bits": args.bits,
+        "bits": bits,
         "keep_vectors": args.keep_vectors,
         "nlist": nlist,
-        "bytes_per_embedding": round(size / n_embeddings, 2),
         "train_seconds": round(train_seconds, 2),
         "add_seconds": round(time.time() - clock, 2),
     }
 
 
+def collect_codes(source_meta: dict, args, partial: Path) -> dict:
+    """Write a compressed index of what doc2embedding.py has compressed already; returns facts for meta.json."""
+    if args.method != "codes" or args.keep_vectors:
+        raise InputError(f"{args.embedding_dir}: compressed, without vectors: run doc2embedding.py without --bits")
+    if args.nlist or args.bits not in (None, source_meta["bits"]):
+        raise InputError(
+            f"{args.embedding_dir}: compressed with {source_meta['bits']} bits, {source_meta['nlist']} centroids: "
+            "give neither --bits nor --nlist"
+        )
+    pids, first = Ids(args.embedding_dir / "pids.npy"), 0
+    parts = args.embedding_dir / "parts"
+
+    def blocks():
+        nonlocal first
+        for number in range(len(list(parts.glob("*.json")))):
+            data, sizes = (np.load(parts / f"{number}.{name}.npy", mmap_mode="r") for name in ("data", "sizes"))
+            yield data, sizes, pids.text(np.arange(first, first + len(sizes)))
+            first += len(sizes)
+
+    create(partial, Codec.load(args.embedding_dir / "codec"), blocks())
+    return {"bits": source_meta["bits"], "keep_vectors": False, "nlist": source_meta["nlist"]}
+
+
+def check_flags(args) -> None:
+    """Raises InputError for a flag of the other method."""
+    flags = {"codes": ("bits", "keep_vectors"), "ivfpq": ("m", "nbits")}
+    other = "ivfpq" if args.method == "codes" else "codes"
+    for name in flags[other]:
+        if getattr(args, name):
+            raise InputError(f"--{name} says nothing to --method {args.method}: leave it out, or give --method {other}")
+
+
 def main(args):
     started = time.time()
+    check_flags(args)
     source_meta = read_meta(args.embedding_dir, "embeddings", "doc2embedding.py")
-    embeddings = Ragged(args.embedding_dir)
     with publish(args.output_dir) as partial:
-        facts = {"codes": build_codes, "ivfpq": build_ivfpq}[args.method](embeddings, args, partial)
+        if source_meta.get("bits"):
+            facts = collect_codes(source_meta, args, partial)
+        else:
+            build = {"codes": build_codes, "ivfpq": build_ivfpq}[args.method]
+            facts = build(Ragged(args.embedding_dir), args, partial)
+        if args.method == "codes":
+            files = (path for path in partial.rglob("*.npy") if path.name not in ("vectors.npy", "pids.npy"))
+            size = sum(path.stat().st_size for path in files)
+            facts["bytes_per_embedding"] = round(size / source_meta["embeddings"], 2)
         paths = {
             key: seen_from(args.output_dir, args.embedding_dir.resolve() / source_meta[key])
             for key in ("model_path", "collection_path")
@@ -161,9 +189,7 @@ def main(args):
             "model": source_meta["model"],
             "model_fingerprint": source_meta["model_fingerprint"],
             **paths,
-            "passages": len(embeddings),
-            "embeddings": len(embeddings.values),
-            "dim": embeddings.values.shape[1],
+            **{key: source_meta[key] for key in ("passages", "embeddings", "dim")},
             **facts,
         }
         settings = ("method", "nlist", "m", "nbits", "bits", "keep_vectors", "sample", "seed")
@@ -179,7 +205,7 @@ def parse_args():
     parser.add_argument(
         "--method", choices=("codes", "ivfpq"), default="codes", help="compressed codes, or FAISS IVFPQ (default codes)"
     )
-    parser.add_argument("--bits", type=int, choices=BITS, default=2, help="codes: bits a dimension (default 2)")
+    parser.add_argument("--bits", type=int, choices=BITS, help="codes: bits a dimension (default 2)")
     parser.add_argument(
         "--keep_vectors",
         action=argparse.BooleanOptionalAction,
@@ -187,7 +213,7 @@ def parse_args():
         help="codes: link the fp16 embeddings, for an exact last step",
     )
     parser.add_argument("--nlist", type=int, help="inverted lists (default: the power of two near 4 sqrt(embeddings))")
-    parser.add_argument("--m", type=int, default=16, help="ivfpq: bytes of an embedding's code (default 16)")
+    parser.add_argument("--m", type=int, help="ivfpq: bytes of an embedding's code (default 16)")
     parser.add_argument("--nbits", type=int, help="ivfpq: bits of a sub-quantiser (default 8, fewer if tiny)")
     parser.add_argument("--sample", type=int, help="embeddings to train on (default: 40 a centroid)")
     parser.add_argument("--seed", type=int, default=12345, help="of the sample and of k-means")

@@ -15,6 +15,7 @@ The dot product of a query token with a decoded token is a sum of look-ups: one 
 A passage of n representatives and f followers in bytes: centroids 2 n, parents f, norms n + f, codes M[0] n + M[1] f.
 """
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -25,13 +26,14 @@ from torch import Tensor
 
 import kernels
 from artifact import InputError
-from kernels import LANES, NORM_LEAST, NORM_STEP, ONE
+from kernels import LANES, LARGEST_SCALE, NORM_LEAST, NORM_STEP
 
 BITS = (1, 2, 4, 8)
 BOOKS = ("representatives", "followers")
 SIMILARITY = 0.85  # cosine from which a token may follow another
 MOST_CENTROIDS = 1 << 16  # what two bytes can name
 CODEWORDS = 256
+PER_CENTROID = 40  # embeddings that centroids are trained on; faiss warns under 39
 BOOK_SAMPLE = 30_000  # differences that the codewords are trained on
 BOOK_ITERATIONS, CENTROID_ITERATIONS = 10, 6
 ASSIGN_BLOCK = 512  # embeddings whose similarities to all centroids are in memory at a time
@@ -44,12 +46,26 @@ def code_bytes(dim: int, bits: int) -> tuple[int, int]:
     return tuple(max(4, min(dim, size) // 4 * 4) for size in sizes)
 
 
-class Tables(NamedTuple):
-    """What up to LANES query tokens score with the parts of a code: int16, 1.0 is kernels.ONE."""
+def default_nlist(n_embeddings: int) -> int:
+    """The power of two nearest to 4 * sqrt(n), and never more lists than can be trained."""
+    wanted = 2 ** round(math.log2(4 * math.sqrt(n_embeddings)))
+    return max(1, min(wanted, n_embeddings // (PER_CENTROID - 1)))
 
-    centroids: np.ndarray  # (C, LANES)
-    representatives: np.ndarray  # (M[0], 256, LANES)
-    followers: np.ndarray  # (M[1], 256, LANES)
+
+def sample_passages(offsets: np.ndarray, wanted: int, seed: int) -> np.ndarray:
+    """Rows of passages drawn at random, in order, that hold at least `wanted` embeddings, or all; offsets (n + 1,)."""
+    n = len(offsets) - 1
+    n_drawn = min(n, math.ceil(1.05 * wanted * n / offsets[-1]) + 10)
+    return np.sort(np.random.default_rng(seed).choice(n, n_drawn, replace=False))
+
+
+class Tables(NamedTuple):
+    """What up to LANES query tokens score with the parts of a code; 1.0 is `scale`."""
+
+    centroids: np.ndarray  # (C, LANES) int16
+    representatives: np.ndarray  # (M[0], 256, LANES) int8
+    followers: np.ndarray  # (M[1], 256, LANES) int8
+    scale: float
 
 
 class Book(NamedTuple):
@@ -256,10 +272,12 @@ class Codec:
     def tables(self, query: Tensor) -> Tables:
         """Look-up tables of up to LANES query tokens, (Lq, D) fp32."""
         padded = torch.zeros(LANES, self.dim)
-        padded[: len(query)] = query * ONE
+        padded[: len(query)] = query
         products = torch.from_numpy(self.centroids) @ padded.T  # (C, LANES)
-        parts = (products, *(book.tables(padded) for book in self.books))
-        return Tables(*(part.to(torch.int16).numpy() for part in parts))
+        parts = [book.tables(padded) for book in self.books]
+        scale = min(LARGEST_SCALE, 127 / max(1e-6, *(float(part.abs().max()) for part in parts)))
+        tables = (part.mul_(scale).round_().to(torch.int8).numpy() for part in parts)
+        return Tables(products.mul_(scale).round_().to(torch.int16).numpy(), *tables, scale)
 
 
 def as_saved(array: np.ndarray) -> np.ndarray:

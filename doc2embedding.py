@@ -2,9 +2,11 @@
 
     python doc2embedding.py --tokens_dir tokens --model model --output_dir embeddings
     accelerate launch --multi_gpu --num_processes 8 doc2embedding.py ...   # the same files, eight times as fast
+    python doc2embedding.py ... --bits 2                                    # compressed at once: a seventh of the disk
 
 reads   tokens/ (tsv2mmap.py) and model/ (train.py)
-writes  embeddings/: a ragged array (values.npy, offsets.npy) in the order of the collection, pids.npy, meta.json
+writes  embeddings/: a ragged array (values.npy, offsets.npy) in the order of the collection, pids.npy, meta.json; with
+        --bits no values.npy, but codec/, trained on a sample that is embedded first, and codes in parts/ (codec.py)
 
 Which tokens are kept follows from the word pieces alone, so every passage's place is known before the first one is
 embedded: parts of `--part_size` passages are written into one file, by any number of processes, and a run that was
@@ -25,12 +27,14 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from artifact import InputError, fingerprint, publish, read_meta, run_stage, seen_from, write_json, write_meta
+from codec import BITS, MOST_CENTROIDS, PER_CENTROID, Codec, default_nlist, sample_passages
 from model import ColBERT, fast_dtype, model_fingerprint
 from ragged import NpyWriter, Ragged, allocate_npy
 
 
-def layout(model: ColBERT, passages: Ragged, n_passages: int, part_size: int, folder: Path) -> None:
-    """Write offsets.npy and a values.npy of the right size, still without values."""
+def layout(model: ColBERT, passages: Ragged, n_passages: int, args, folder: Path) -> None:
+    """Write offsets.npy, and a values.npy of the right size, still without values, or a trained codec."""
+    part_size = args.part_size
     offsets = NpyWriter(folder / "offsets.npy", np.int64)
     offsets.append(np.zeros(1, np.int64))
     total = 0
@@ -39,7 +43,14 @@ def layout(model: ColBERT, passages: Ragged, n_passages: int, part_size: int, fo
         offsets.append(total + np.cumsum(counts))
         total += int(counts.sum())
     offsets.close()
-    allocate_npy(folder / "values.npy", np.float16, (total, model.config.dim))
+    if not args.bits:
+        allocate_npy(folder / "values.npy", np.float16, (total, model.config.dim))
+        return
+    (folder / "codec").mkdir()
+    nlist = args.nlist or min(MOST_CENTROIDS, default_nlist(total))
+    rows = sample_passages(np.load(folder / "offsets.npy", mmap_mode="r"), nlist * PER_CENTROID, args.seed)
+    values, lengths, _ = model.embed_passages(*passages.gather(rows), args.tokens_per_batch)
+    Codec.train(values, lengths, args.bits, nlist, args.seed, model.device).save(folder / "codec")
 
 
 def claim(folder: Path, source: str, lay_out) -> None:
@@ -56,12 +67,17 @@ def claim(folder: Path, source: str, lay_out) -> None:
 def embed_part(model: ColBERT, passages: Ragged, start: int, stop: int, folder: Path, number: int, args) -> None:
     """Embed passages start ... stop - 1, write them to their place in values.npy, and mark the part as done."""
     embeddings, counts, padding = model.embed_passages(*passages.slice(start, stop), args.tokens_per_batch)
-    target = Ragged(folder)
-    first = int(target.offsets[start])
-    assert np.array_equal(counts, np.diff(target.offsets[start : stop + 1])), "kept tokens differ from the layout"
-    with open(folder / "values.npy", "r+b") as file:
-        file.seek(target.values.offset + first * embeddings[:1].nbytes)
-        file.write(embeddings.data.cast("B"))
+    offsets = np.load(folder / "offsets.npy", mmap_mode="r")[start : stop + 1]
+    assert np.array_equal(counts, np.diff(offsets)), "kept tokens differ from the layout"
+    if args.bits:
+        data, sizes = Codec.load(folder / "codec").encode(embeddings, counts, model.device)
+        np.save(folder / "parts" / f"{number}.data.npy", data)
+        np.save(folder / "parts" / f"{number}.sizes.npy", sizes)
+    else:
+        values = np.load(folder / "values.npy", mmap_mode="r")
+        with open(folder / "values.npy", "r+b") as file:
+            file.seek(values.offset + int(offsets[0]) * embeddings[:1].nbytes)
+            file.write(embeddings.data.cast("B"))
     done = {"passages": stop - start, "embeddings": len(embeddings), "padding": float(padding)}
     write_json(folder / "parts" / f"{number}.json", done)
 
@@ -79,11 +95,12 @@ def main(args):
     model_print = model_fingerprint(args.model)
     model = ColBERT.from_pretrained(args.model, device=state.device)
     model.check_tokens(args.model, args.tokens_dir, tokens_meta)
-    source = fingerprint(model_print, tokens_meta["fingerprint"], args.part_size)
+    settings = (args.bits, args.nlist, args.seed) if args.bits else ()
+    source = fingerprint(model_print, tokens_meta["fingerprint"], args.part_size, *settings)
     passages = Ragged(args.tokens_dir / "passages")
     folder = args.output_dir
     if state.is_main_process:
-        claim(folder, source, lambda partial: layout(model, passages, n_passages, args.part_size, partial))
+        claim(folder, source, lambda partial: layout(model, passages, n_passages, args, partial))
     state.wait_for_everyone()
 
     starts = range(0, n_passages, args.part_size)
@@ -124,7 +141,8 @@ def main(args):
         "passages": n_passages,
         "embeddings": sum(part["embeddings"] for part in parts),
         "dim": model.config.dim,
-        "dtype": "float16",
+        **({"bits": args.bits, "nlist": len(np.load(folder / "codec" / "centroids.npy"))} if args.bits else {}),
+        "dtype": "uint8" if args.bits else "float16",
         "compute_dtype": str(fast_dtype(state.device)).removeprefix("torch."),
         "padding": round(sum(part["padding"] * part["passages"] for part in parts) / n_passages, 4),
         "passages_per_second": round(embedded * state.num_processes / seconds, 1),
@@ -139,6 +157,9 @@ def parse_args():
     parser.add_argument("--model", required=True, type=Path, help="ColBERT model folder")
     parser.add_argument("--output_dir", type=Path, required=True, help="the embeddings folder to write or complete")
     parser.add_argument("--part_size", type=int, default=10_000, help="passages in a part (default 10000)")
+    parser.add_argument("--bits", type=int, choices=BITS, help="compress at once, to so many bits a dimension")
+    parser.add_argument("--nlist", type=int, help="--bits: centroids (default: near 4 sqrt(embeddings))")
+    parser.add_argument("--seed", type=int, default=12345, help="--bits: of the sample that the codec is trained on")
     parser.add_argument("--tokens_per_batch", type=int, help="positions in a batch (default: by device)")
     parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=False, help="use the CPU all the same")
     return parser.parse_args()

@@ -1,9 +1,9 @@
 """Loops over single tokens, compiled by numba: no matrix product does their work. Everything here is called by codec.py
 and search.py; all release the GIL, so that threads may share the work.
 
-Scores of a token with LANES query tokens are one vector of 16-bit integers, 64 bytes: adding a row of a look-up table
-is one instruction. numba would add them one by one; `add_rows` and `scaled_max` say in LLVM's terms what is meant.
-Fixed point: 1.0 is ONE, after `scaled_max` it is FINAL.
+Scores of a token with LANES query tokens are one vector of 16-bit integers; to add a row of a look-up table, of 8-bit
+ones, takes two instructions. numba would add them one by one; `add_rows` and `scaled_max` say in LLVM's terms what is
+meant. The tables of a query have a `scale`, what 1.0 is in them; after `scaled_max` it is scale * FINAL.
 """
 
 import numpy as np
@@ -13,21 +13,23 @@ from numba.extending import intrinsic
 
 LANES = 32  # query tokens scored at a time
 ROW = 2 * LANES  # bytes of their scores
-ONE = 1 << 14  # 1.0 in 16 bits: sums stay under 2.0
+LARGEST_SCALE = 6000  # so that scores of 1.5 still fit after `scaled_max`
 NORM_STEP, NORM_LEAST = 1 / 128, 0.5  # a norm's byte b stands for the factor NORM_LEAST + b * NORM_STEP
 FACTOR = 3 << 12  # a factor of 1.0 in 16 bits: 2.49, the largest, still fits
-FINAL = ONE * FACTOR >> 16  # 1.0 after the product with a factor
+SHIFT = 12
+FINAL = FACTOR / (1 << SHIFT)
 LONGEST = 1 << 10  # tokens of a passage
 MOST_PARENTS = 256  # representatives that a byte can name
 
 _I8, _I16, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(64)
+_BYTES = ir.VectorType(_I8, LANES)
 _VECTOR, _WIDE = ir.VectorType(_I16, LANES), ir.VectorType(ir.IntType(32), LANES)
 _address, _int = types.intp, types.int64
 
 
-def _load_row(builder, address):
-    row = builder.load(builder.inttoptr(address, _VECTOR.as_pointer()))
-    row.align = 2
+def _load_row(builder, address, kind=_VECTOR):
+    row = builder.load(builder.inttoptr(address, kind.as_pointer()))
+    row.align = kind.element.width // 8
     return row
 
 
@@ -54,7 +56,8 @@ def add_rows(typing, base, tables, codes, n, target):
             at = builder.add(m, constant(step))
             code = builder.load(builder.inttoptr(builder.add(codes, at), _I8.as_pointer()))
             index = builder.add(builder.shl(at, constant(8)), builder.zext(code, _I64))
-            total = builder.add(total, _load_row(builder, builder.add(tables, builder.mul(index, constant(ROW)))))
+            entry = _load_row(builder, builder.add(tables, builder.mul(index, constant(LANES))), _BYTES)
+            total = builder.add(total, builder.sext(entry, _VECTOR))
         following = builder.add(m, constant(4))
         m.add_incoming(following, loop)
         row.add_incoming(total, loop)
@@ -68,7 +71,7 @@ def add_rows(typing, base, tables, codes, n, target):
 
 @intrinsic
 def scaled_max(typing, best, row, factor):
-    """best[:] = max(best[:], row[:] * factor >> 16); addresses and a 16-bit factor."""
+    """best[:] = max(best[:], row[:] * factor >> SHIFT); addresses and a 16-bit factor."""
 
     def generate(context, builder, signature, args):
         best, row, factor = args
@@ -77,8 +80,8 @@ def scaled_max(typing, best, row, factor):
         vector = ir.Constant(_WIDE, ir.Undefined)
         for lane in range(LANES):
             vector = builder.insert_element(vector, factor, ir.Constant(ir.IntType(32), lane))
-        sixteen = ir.Constant(_WIDE, [16] * LANES)
-        scaled = builder.trunc(builder.ashr(builder.mul(wide, vector), sixteen), _VECTOR)
+        shift = ir.Constant(_WIDE, [SHIFT] * LANES)
+        scaled = builder.trunc(builder.ashr(builder.mul(wide, vector), shift), _VECTOR)
         old = _load_row(builder, best)
         _store_row(builder, builder.select(builder.icmp_signed(">", scaled, old), scaled, old), best)
         return context.get_dummy_value()
@@ -86,12 +89,27 @@ def scaled_max(typing, best, row, factor):
     return types.void(_address, _address, _int), generate
 
 
+@intrinsic
+def prefetch(typing, address):
+    """Ask for the cache line of an address, which will be read soon."""
+
+    def generate(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], _I8.as_pointer())
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch.p0", fnty=kind)
+        builder.call(function, [pointer, *(ir.Constant(number, value) for value in (0, 2, 1))])
+        return context.get_dummy_value()
+
+    return types.void(_address), generate
+
+
 @njit(nogil=True, cache=True)
 def score_passages(rows, data, offsets, sizes, M, centroids, tables, follower_tables, scores):
-    """Add the MaxSim of passages `rows` (n,) with up to LANES query tokens to scores (n,) int32; 1.0 is FINAL.
+    """Add the MaxSim of passages `rows` (n,) with up to LANES query tokens to scores (n,) int32; see `scale` above.
 
     data, offsets, sizes: as codec.Codec.encode writes them. M: bytes of a representative's code and of a follower's.
-    centroids (C, LANES), tables (M[0], 256, LANES), follower_tables (M[1], 256, LANES): int16, 1.0 is ONE.
+    centroids (C, LANES) int16, tables (M[0], 256, LANES) and follower_tables (M[1], 256, LANES) int8.
     """
     found = np.empty((LONGEST, LANES), np.int16)
     best = np.empty(LANES, np.int16)
@@ -99,6 +117,9 @@ def score_passages(rows, data, offsets, sizes, M, centroids, tables, follower_ta
     follower_at = row_of + (LONGEST - 1) * ROW
     for i in range(len(rows)):
         passage = rows[i]
+        if i + 1 < len(rows):
+            for at in range(offsets[rows[i + 1]], offsets[rows[i + 1] + 1], 64):
+                prefetch(data.ctypes.data + at)
         n, followers = np.int64(sizes[passage, 0]), np.int64(sizes[passage, 1])
         centroid_at = data.ctypes.data + offsets[passage]
         codes_at = centroid_at + 3 * n + 2 * followers  # after centroids (2), parents (1) and norms (1 each)

@@ -72,6 +72,8 @@ class Searcher:
         self.index_dir, self.gpu_index = Path(index_dir), gpu_index
         self.device = torch.device(device or default_device())
         self.codes = None
+        if self.meta["kind"] == "embeddings" and self.meta.get("bits"):
+            raise InputError(f"{index_dir}: compressed embeddings: run build_index.py, and give what it wrote")
         if self.meta.get("method") == "codes":
             self.codes = self.pids = CompressedIndex(index_dir)
         else:

@@ -34,6 +34,7 @@ from model import maxsim_packed
 from ragged import Ids, IdWriter, NpyWriter, Ragged, neighbours, ranges
 
 Ranking = tuple[np.ndarray, np.ndarray]  # rows of passages and their scores, the best first
+PROMISE = 1 << 12  # a similarity of 1.0 when lists are probed
 EXACT_TOKENS = 4096  # embeddings scored exactly at a time
 COMPACT_PASSAGES = 4096  # passages copied at a time
 BLOCK = 1 << 16  # passages whose inverted lists are kept together
@@ -50,8 +51,8 @@ class Effort(NamedTuple):
 
 QUALITY = {
     "fast": Effort(8, 1024, 256, 64),
-    "default": Effort(16, 4096, 512, 128),
-    "best": Effort(64, 16384, 2048, 512),
+    "default": Effort(32, 4096, 2048, 256),
+    "best": Effort(64, 16384, 8192, 1024),
 }
 
 
@@ -231,10 +232,10 @@ class CompressedIndex:
 
     def _probe(self, query: Tensor, tables, nprobe: int, n: int, allowed: np.ndarray | None) -> np.ndarray:
         """Step 1: the n most promising rows, in order."""
-        parts = [part.centroids[:, : min(LANES, len(query) - i * LANES)] for i, part in enumerate(tables)]
-        similarities = torch.from_numpy(np.concatenate(parts, 1).T.astype(np.float32))  # (Lq, C)
+        parts = [table.centroids.T / np.float32(table.scale) for table in tables]
+        similarities = torch.from_numpy(np.concatenate(parts)[: len(query)])  # (Lq, C)
         values, probes = similarities.topk(min(nprobe, similarities.shape[1]))
-        gains, probes = (values - values[:, -1:] + 1).int().numpy(), probes.numpy()
+        gains, probes = ((values - values[:, -1:]) * PROMISE).int().numpy() + 1, probes.numpy()
         rows, promises = np.zeros(0, np.int64), np.zeros(0, np.int32)
         seen, totals, found = np.zeros(BLOCK, np.uint8), np.zeros(BLOCK, np.int32), np.empty(BLOCK, np.int64)
         for segment in self.segments:
@@ -253,15 +254,18 @@ class CompressedIndex:
 
     def _scores(self, rows: np.ndarray, tables: list[Tables], codes: bool = True) -> np.ndarray:
         """Steps 2 and 3: MaxSim (n,) of rows in order, by their codes or by their centroids alone."""
-        scores = np.zeros(len(rows), np.int32)
+        scores = np.zeros(len(rows), np.float32)
         for segment, part in self.parts(rows):
             arrays = (rows[part] - segment.first_row, segment.data, segment.offsets, segment.sizes)
             for table in tables:
+                found = np.zeros(part.stop - part.start, np.int32)
                 if codes:
-                    kernels.score_passages(*arrays, self.codec.M, *table, scores[part])
+                    parts = (table.centroids, table.representatives, table.followers)
+                    kernels.score_passages(*arrays, self.codec.M, *parts, found)
                 else:
-                    kernels.score_centroids(*arrays, table.centroids, scores[part])
-        return scores.astype(np.float32) / FINAL
+                    kernels.score_centroids(*arrays, table.centroids, found)
+                scores[part] += found / np.float32(FINAL * table.scale)
+        return scores
 
     def _exact(self, query: Tensor, rows: np.ndarray) -> np.ndarray:
         """Step 4: exact MaxSim (n,) of rows in order."""
@@ -315,9 +319,11 @@ def changing(folder):
         state = read_state(folder)
         _remove_leftovers(folder, state)
         state["version"] += 1
-        yield state
-        write_json(folder / "state.json", state)
-        _remove_leftovers(folder, state)
+        try:
+            yield state
+            write_json(folder / "state.json", state)
+        finally:
+            _remove_leftovers(folder, read_state(folder))
 
 
 def _remove_leftovers(folder: Path, state: dict) -> None:
@@ -331,16 +337,16 @@ def _remove_leftovers(folder: Path, state: dict) -> None:
                 path.unlink()
 
 
-def create(folder, codec: Codec, blocks: Iterable, device="cpu", vectors=None) -> None:
-    """Write codec, state and a first segment of blocks (values (T, D), lengths (n,), pids) into an empty folder.
+def create(folder, codec: Codec, blocks: Iterable, vectors=None) -> None:
+    """Write codec, state and a first segment of compressed blocks (data, sizes, pids) into an empty folder.
 
     vectors: the .npy file of all values, to be linked and kept.
     """
     folder = Path(folder)
     codec.save(folder)
     writer = SegmentWriter(folder / "segments" / "1", codec, keep_vectors=False)
-    for values, lengths, pids in blocks:
-        writer.append(*codec.encode(values, lengths, device), pids)
+    for data, sizes, pids in blocks:
+        writer.append(data, sizes, pids)
     writer.close()
     if vectors is not None:
         link(Path(vectors), writer.folder / "vectors.npy")
@@ -352,18 +358,14 @@ def add(folder, blocks: Iterable) -> int:
 
     Raises InputError if one of the ids is there already; the index is then as it was.
     """
-    index, taken = CompressedIndex(folder), set()
     with changing(folder) as state:
-        if state["version"] != index.state["version"] + 1:  # changed while this one waited
-            index = CompressedIndex(folder)
-        name = str(state["version"])
+        index, taken, name = CompressedIndex(folder), set(), str(state["version"])
         writer = SegmentWriter(Path(folder) / "segments" / name, index.codec, index.keeps_vectors)
         for values, lengths, pids in blocks:
-            there = [pid for pid, row in zip(pids, index.rows(pids).tolist(), strict=True) if row >= 0]
-            repeated = there or [pid for pid in pids if pid in taken] or [p for p in pids if pids.count(p) > 1]
-            if repeated:
-                raise InputError(f"{folder}: has a passage {repeated[0]} already: delete it first, or leave it out")
-            taken.update(pids)
+            for pid, row in zip(pids, index.rows(pids).tolist(), strict=True):
+                if row >= 0 or pid in taken:
+                    raise InputError(f"{folder}: has a passage {pid} already: delete it first, or leave it out")
+                taken.add(pid)
             writer.append(*index.codec.encode(values, lengths), pids, values)
         writer.close()
         if writer.n:

@@ -67,7 +67,7 @@ def main(args):
             stages = {
                 "tsv2mmap.py": {"collection": collection, "tokenizer": model, "workers": args.workers},
                 "doc2embedding.py": {"tokens_dir": folders["tokens"], "model": model},
-                "build_index.py": {"embedding_dir": folders["embeddings"], "m": args.m, "nlist": args.nlist},
+                "build_index.py": {"embedding_dir": folders["embeddings"], "method": args.method, "nlist": args.nlist},
             }
             for (script, flags), folder in list(zip(stages.items(), folders.values(), strict=True))[: args.stages]:
                 measured = run_command(script, **flags, output_dir=folder)
@@ -91,7 +91,7 @@ def parse_args():
     parser.add_argument("--encoder", choices=ENCODERS, default="tiny", help="its shape (default tiny)")
     parser.add_argument("--stages", type=int, choices=(1, 2, 3), default=3, help="how many of them (default 3)")
     parser.add_argument("--dim", type=int, default=32, help="of an embedding (default 32, to save scratch)")
-    parser.add_argument("--m", type=int, default=16, help="build_index.py's --m (default 16)")
+    parser.add_argument("--method", default="codes", help="build_index.py's --method (default codes)")
     parser.add_argument(
         "--nlist",
         type=int,

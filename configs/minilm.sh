@@ -4,7 +4,7 @@ BASE_MODEL=$(python -c "import importlib.util as u; print(u.find_spec('gt_all_mi
 LAUNCH=(python)
 TRAIN=(--batch_size 32 --in_batch_negatives --similarity cosine --projection principal --dropout 0
        --lr 1e-4 --warmup_steps 10 --schedule linear --mixed_precision bf16 --wandb_mode disabled)
-INDEX=()
+INDEX=(--keep_vectors)
 SEARCH=(--k 1000)
 
 baseline() {  # baseline METHOD ARGUMENTS...: search by a method without training, and measure it

@@ -12,7 +12,7 @@ LAUNCH=(accelerate launch --num_machines 1 --num_processes "$((GPUS > 0 ? GPUS :
 [ "$GPUS" -gt 1 ] && LAUNCH+=(--multi_gpu)
 [ "$GPUS" -eq 0 ] && LAUNCH+=(--cpu)
 TRAIN=(--max_steps 400000 --batch_size 32 --lr 3e-6 --similarity l2 --shuffle --mixed_precision bf16)
-INDEX=(--nlist 32768 --m 16 --nbits 8)
+INDEX=(--method ivfpq --nlist 32768 --m 16 --nbits 8)
 SEARCH=(--k 1000 --nprobe 32 --faiss_depth 1024)
 
 prepare() {

@@ -180,7 +180,7 @@ def embedding_dir(tmp_path_factory, embedding_arguments) -> Path:
 
 @pytest.fixture(scope="session")
 def index_arguments(embedding_dir) -> list:
-    return ["--embedding_dir", embedding_dir, "--nlist", 4, "--m", 8, "--nbits", 6]
+    return ["--method", "ivfpq", "--embedding_dir", embedding_dir, "--nlist", 4, "--m", 8, "--nbits", 6]
 
 
 @pytest.fixture(scope="session")

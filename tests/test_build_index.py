@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from conftest import call_stage, succeed
 
-from build_index import default_nlist, sample_embeddings
+from build_index import sample_embeddings
+from codec import default_nlist
 from ragged import Ragged
 
 
@@ -41,10 +42,11 @@ def test_default_nlist(n, nlist):
 
 def test_sample_is_whole_passages_drawn_by_seed(embedding_dir):
     embeddings = Ragged(embedding_dir)
-    sample, again, other = (sample_embeddings(embeddings, 100, seed) for seed in (1, 1, 2))
+    sample, again, other = (sample_embeddings(embeddings, 100, seed)[0] for seed in (1, 1, 2))
     assert np.array_equal(sample, again) and not np.array_equal(sample, other)
     assert 100 <= len(sample) <= len(embeddings.values) and sample.dtype == np.float32
-    everything = sample_embeddings(embeddings, 10**9, 1)
+    everything, lengths = sample_embeddings(embeddings, 10**9, 1)
+    assert np.array_equal(lengths, np.diff(embeddings.offsets))
     assert np.array_equal(everything, embeddings.values.astype(np.float32))
 
 

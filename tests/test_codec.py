@@ -56,10 +56,11 @@ def test_scores_are_those_of_decoded_vectors(codec, n_tokens):
     data, sizes = codec.encode(values, lengths)
     offsets = np.append(0, codec.passage_bytes(sizes).cumsum())
     query, rows, scores = make_query(n_tokens, 4), np.arange(40)[::-3].copy(), np.zeros(14, np.int32)
-    kernels.score_passages(rows, data, offsets, sizes, codec.M, *codec.tables(query), scores)
+    tables = codec.tables(query)
+    kernels.score_passages(rows, data, offsets, sizes, codec.M, *tables[:3], scores)
     decoded = decode_all(codec, data, sizes)
     slow = [(query.numpy() @ decoded[row].T).max(1).sum() for row in rows]
-    assert np.allclose(scores / FINAL, slow, atol=0.002 * n_tokens)
+    assert np.allclose(scores / (FINAL * tables.scale), slow, atol=0.01 * n_tokens)
 
 
 def test_scores_of_centroids(codec):
@@ -67,11 +68,12 @@ def test_scores_of_centroids(codec):
     data, sizes = codec.encode(values, lengths)
     offsets = np.append(0, codec.passage_bytes(sizes).cumsum())
     query, scores = make_query(7, 6), np.zeros(20, np.int32)
-    kernels.score_centroids(np.arange(20), data, offsets, sizes, codec.tables(query).centroids, scores)
+    tables = codec.tables(query)
+    kernels.score_centroids(np.arange(20), data, offsets, sizes, tables.centroids, scores)
     for i in range(20):
         centroids = data[offsets[i] : offsets[i] + 2 * sizes[i, 0]].copy().view("<u2")
         slow = (query.numpy() @ codec.centroids[centroids].T).max(1).sum()
-        assert abs(scores[i] / FINAL - slow) < 0.01
+        assert abs(scores[i] / (FINAL * tables.scale) - slow) < 0.05
 
 
 def test_a_codec_is_opened_as_it_was(codec, tmp_path):

@@ -14,7 +14,7 @@ DEV_QUERIES={toy}/queries.tsv DEV_QRELS={toy}/qrels.tsv
 BASE_MODEL={encoder}
 LAUNCH=(python)
 TRAIN=(--dim 16 --max_steps {steps} --batch_size 8 --wandb_mode disabled)
-INDEX=(--nlist 4 --m 8 --nbits 6)
+INDEX=(--nlist 4)
 SEARCH=(--k 10)
 prepare() {{ :; }}
 compare() {{

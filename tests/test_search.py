@@ -1,18 +1,18 @@
 """The compressed index: steps against plain ones, changes against a dictionary, and kills in the middle of changes."""
 
+import itertools
 import json
+import multiprocessing
 import os
 import random
-import signal
-import subprocess
-import sys
+import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call_stage, succeed
+from conftest import ROOT, call_stage, run_stage_cli, succeed
 from test_codec import NLIST, decode_all, make_passages, make_query
 
 import kernels
@@ -20,6 +20,7 @@ import search
 from artifact import InputError
 from codec import Codec
 from model import maxsim_packed
+from retrieve import Searcher
 from search import QUALITY, CompressedIndex, Effort, add, compact, create, delete
 
 EVERYTHING = Effort(NLIST, 10**6, 10**6, 10**6)
@@ -40,7 +41,7 @@ def make_index(folder: Path, codec: Codec, *blocks, vectors: bool = False) -> Pa
     if vectors:
         kept = folder / "values.npy"
         np.save(kept, np.concatenate([values for values, _, _ in blocks]))
-    create(folder, codec, blocks, vectors=kept)
+    create(folder, codec, ((*codec.encode(*part[:2]), part[2]) for part in blocks), kept)
     return folder
 
 
@@ -52,8 +53,9 @@ def decoded(codec: Codec, values, lengths, pids) -> dict[str, np.ndarray]:
     return dict(zip(pids, decode_all(codec, *codec.encode(values, lengths)), strict=True))
 
 
-def check_against(index: CompressedIndex, passages: dict[str, np.ndarray], query, allowed=None, tolerance=0.05) -> None:
+def check_against(index: CompressedIndex, passages: dict[str, np.ndarray], query, allowed=None) -> None:
     """What a search with all effort finds is what scoring everything finds, but for rounding."""
+    tolerance = 0.01 * len(query)  # look-ups have 8 bits
     rows, scores = index.search(query, 10, EVERYTHING, allowed)
     slow = brute_force(passages, query)
     best = sorted(slow.values(), reverse=True)[:10]
@@ -116,7 +118,7 @@ def test_more_effort_is_not_worse(codec, tmp_path):
             overlap += len(set(best) & set(index.text(index.search(query, 10, effort)[0])))
         found[name] = overlap / 200
     assert found["little"] < found["best"] and found["fast"] <= found["default"] + 0.02
-    assert found["best"] > 0.95  # it scores every passage by its codes
+    assert found["best"] > 0.9  # it scores every passage by its codes; what is left is rounding
 
 
 def test_random_changes_against_a_dictionary(codec, tmp_path):
@@ -184,49 +186,43 @@ def test_an_index_can_be_emptied(codec, tmp_path):
     assert len(CompressedIndex(folder).search(make_query(4, 1), 3, QUALITY["fast"])[0]) == 3
 
 
-CHANGES = """
-import sys
-sys.path[:0] = [{tests!r}, {repo!r}]
-import search
-from test_search import block
-print("ready", flush=True)
-for i in range(10**6):
-    search.add({folder!r}, [block(20, 1000 + i)])
-    search.delete({folder!r}, [f"{{1000 + i}}-{{j}}" for j in range(10)])
-    search.compact({folder!r})
-"""
+def change_for_ever(folder: Path, ready) -> None:
+    """Add 20 passages, delete 10 of them, compact, and so on."""
+    torch.set_num_threads(1)
+    Codec.load(folder).encode(*make_passages(5, 0))  # what is compiled is loaded
+    ready.set()
+    for seed in itertools.count(1000):
+        add(folder, [block(20, seed)])
+        delete(folder, [f"{seed}-{i}" for i in range(10)])
+        compact(folder)
 
 
-def test_kill_9_leaves_the_old_index_or_the_new_one(codec, tmp_path):
+def test_kill_9_leaves_the_old_index_or_the_new_one(codec, tmp_path, monkeypatch):
     """Twenty kills at random moments of an endless series of changes: the state is always one of the series."""
     folder, rng = make_index(tmp_path / "index", codec, block(30, 2)), random.Random(0)
-    script = CHANGES.format(tests=str(ROOT / "tests"), repo=str(ROOT), folder=str(folder))
-    versions = set()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
+    context, versions = multiprocessing.get_context("forkserver"), set()
+    context.set_forkserver_preload(["test_search"])
     for kill in range(20):
-        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, start_new_session=True)
-        assert process.stdout.readline() == b"ready\n"
+        ready = context.Event()
+        process = context.Process(target=change_for_ever, args=(folder, ready))
+        process.start()
+        assert ready.wait(60)
         time.sleep(rng.uniform(0, 0.25))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        index = CompressedIndex(folder)
-        counts = {}
+        process.kill()
+        process.join()
+        index, counts = CompressedIndex(folder), {}
         for pid in index.text(np.flatnonzero(index.alive())):
-            seed, number = pid.split("-")
-            counts.setdefault(int(seed), []).append(int(number))
+            seed, number = map(int, pid.split("-"))
+            counts.setdefault(seed, []).append(number)
         assert sorted(counts.pop(2)) == list(range(30))
-        for numbers in counts.values():
-            assert sorted(numbers) in (list(range(20)), list(range(10, 20)))
+        assert all(sorted(numbers) in (list(range(20)), list(range(10, 20))) for numbers in counts.values())
         assert sum(len(numbers) == 20 for numbers in counts.values()) <= 1  # only the last addition is still whole
-        rows = index.search(make_query(4, kill), 10, QUALITY["fast"])[0]
-        assert len(rows) == 10
+        assert len(index.search(make_query(4, kill), 10, QUALITY["fast"])[0]) == 10
         versions.add(index.state["version"])
-        delete(folder, [f"{seed}-{number}" for seed, numbers in counts.items() for number in numbers] or ["2-0"])
-        if not counts:
-            add(folder, [(*(part[:n] for part, n in zip(make_passages(30, 2), (0, 0), strict=True)), [])])
-            values, lengths = make_passages(30, 2)
-            add(folder, [(values[: lengths[0]], lengths[:1], ["2-0"])])
-    assert len(versions) > 5  # it did change meanwhile
+        if counts:
+            delete(folder, [f"{seed}-{number}" for seed, numbers in counts.items() for number in numbers])
+    assert len(versions) > 10  # it did change meanwhile
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -244,3 +240,143 @@ def test_meta_says_what_a_token_takes(codes_dir):
     meta = json.loads((codes_dir / "meta.json").read_text())
     size = sum(path.stat().st_size for path in codes_dir.rglob("*.npy") if path.name != "pids.npy")
     assert meta["method"] == "codes" and meta["bytes_per_embedding"] == round(size / meta["embeddings"], 2)
+
+
+# ------------------------------------------------------------------------------------------------- search by the stages
+
+
+@pytest.fixture(scope="module")
+def queries_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("queries") / "queries.tsv"
+    path.write_text("q1\tred apple\nq2\tthe sea\n")
+    return path
+
+
+def read_rankings(path: Path) -> list[tuple[str, str]]:
+    return [tuple(line.split()[:3:2]) for line in path.read_text().splitlines()]
+
+
+def test_the_stages_agree_with_the_notebook(codes_dir, model_dir, queries_file, tmp_path):
+    flags = ["--cpu", "--model", model_dir, "--index_dir", codes_dir, "--queries", queries_file, "--k", 5]
+    succeed(call_stage("retrieve.py", *flags, "--output", tmp_path / "run", "--quality", "best"))
+    searcher = Searcher(codes_dir, model_dir, "cpu")
+    hits = searcher.search(["red apple", "the sea"], k=5, quality="best")
+    expected = [(qid, hit.pid) for qid, found in zip(("q1", "q2"), hits, strict=True) for hit in found]
+    assert read_rankings(tmp_path / "run") == expected
+    succeed(call_stage("retrieve.py", *flags, "--output", tmp_path / "run", "--exact"))
+    assert read_rankings(tmp_path / "run") == expected
+    (tmp_path / "candidates").write_text("".join(f"{qid}\t{pid}\n" for qid, pid in expected))
+    succeed(call_stage("retrieve.py", *flags, "--output", tmp_path / "run", "--candidates", tmp_path / "candidates"))
+    assert read_rankings(tmp_path / "run") == expected
+
+
+def test_among_and_effort_are_for_one_search(codes_dir, model_dir):
+    searcher = Searcher(codes_dir, model_dir, "cpu")
+    everything = searcher.search("red apple", k=10)
+    among = [hit.pid for hit in everything[3:6]]
+    assert [hit.pid for hit in searcher.search("red apple", k=10, among=among)] == among
+    assert len(searcher.search("red apple", k=10, nprobe=1, n_centroids=3, n_codes=2)) <= 10
+    assert searcher.search("red apple", k=10) == everything
+    for wrong, message in (
+        ({"among": ["nobody"]}, "has no passage nobody"),
+        ({"faiss_depth": 3}, "faiss_depth says nothing to a compressed index"),
+        ({"nprobe": 0}, "nprobe is 0"),
+        ({"quality": "great"}, "quality 'great'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            searcher.search("red apple", **wrong)
+
+
+def test_update_stage(codes_dir, model_dir, tmp_path):
+    index = shutil.copytree(codes_dir, tmp_path / "index")
+    (tmp_path / "more.tsv").write_text("new1\tred apple red apple\nnew2\tgreen apple\n")
+    flags = ["--index_dir", index, "--model", model_dir, "--cpu"]
+    done = succeed(call_stage("update_index.py", *flags, "--add", tmp_path / "more.tsv"))
+    assert json.loads(done.stdout.splitlines()[-1])["changed"] == 2
+    pids = [hit.pid for hit in Searcher(index, model_dir, "cpu").search("red apple", k=100)]
+    assert {"new1", "new2"} <= set(pids)
+    (tmp_path / "pids.txt").write_text("new1\n" + pids[-1] + "\n")
+    succeed(call_stage("update_index.py", "--index_dir", index, "--delete", tmp_path / "pids.txt"))
+    succeed(call_stage("update_index.py", "--index_dir", index, "--compact"))
+    left = {hit.pid for hit in Searcher(index, model_dir, "cpu").search("red apple", k=100)}
+    assert left == set(pids) - {"new1", pids[-1]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--add", "more.tsv"), "has a passage new1 already"),
+        (("--add", "nowhere.tsv"), "nowhere.tsv: no such file"),
+        (("--delete", "pids.txt"), "has no passage nobody"),
+        (("--delete", "blank.txt"), "blank.txt:2: '' is not an id"),
+    ],
+)
+def test_refusals_of_updates(codes_dir, model_dir, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    index = shutil.copytree(codes_dir, tmp_path / "index")
+    Path("more.tsv").write_text("new1\tred apple\nnew1\tgreen apple\n")
+    Path("pids.txt").write_text("nobody\n")
+    Path("blank.txt").write_text("1\n\n")
+    before = (index / "state.json").read_bytes()
+    done = call_stage("update_index.py", "--index_dir", index, "--model", model_dir, "--cpu", *flags)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (index / "state.json").read_bytes() == before and len(list((index / "segments").iterdir())) == 1
+
+
+def test_ivfpq_is_not_updated(index_dir):
+    done = call_stage("update_index.py", "--index_dir", index_dir, "--compact")
+    assert done.returncode == 2 and "IVFPQ, which is not changed" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- compressed at once
+
+
+@pytest.fixture(scope="module")
+def compressed_dir(tmp_path_factory, embedding_arguments) -> Path:
+    """doc2embedding.py --bits."""
+    folder = tmp_path_factory.mktemp("compressed") / "embeddings"
+    flags = [*embedding_arguments, "--bits", 4, "--nlist", 4, "--output_dir", folder]
+    succeed(run_stage_cli("doc2embedding.py", *flags))
+    return folder
+
+
+def test_compressed_at_once(compressed_dir, codes_dir, model_dir, tmp_path):
+    """No vectors on the disk, and scores like those of vectors compressed later."""
+    assert not (compressed_dir / "values.npy").exists()
+    succeed(call_stage("build_index.py", "--embedding_dir", compressed_dir, "--output_dir", tmp_path / "index"))
+    meta = json.loads((tmp_path / "index" / "meta.json").read_text())
+    assert meta["bits"] == 4 and meta["nlist"] == 4
+    scores = []
+    for folder in (tmp_path / "index", codes_dir):
+        hits = Searcher(folder, model_dir, "cpu").search("red apple", k=1000, exact=True)
+        scores.append({hit.pid: hit.score for hit in hits})
+    assert scores[0].keys() == scores[1].keys()
+    assert max(abs(scores[0][pid] - scores[1][pid]) for pid in scores[0]) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--method", "ivfpq"), "compressed, without vectors"),
+        (("--keep_vectors",), "compressed, without vectors"),
+        (("--bits", 2), "compressed with 4 bits, 4 centroids"),
+    ],
+)
+def test_refusals_of_compressed_embeddings(compressed_dir, tmp_path, flags, message):
+    done = call_stage("build_index.py", "--embedding_dir", compressed_dir, "--output_dir", tmp_path / "index", *flags)
+    assert done.returncode == 2 and message in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_compressed_embeddings_are_not_searched(compressed_dir, model_dir):
+    with pytest.raises(InputError, match="compressed embeddings: run build_index"):
+        Searcher(compressed_dir, model_dir, "cpu")
+
+
+def test_a_killed_compression_goes_on(compressed_dir, embedding_arguments, tmp_path):
+    folder = shutil.copytree(compressed_dir, tmp_path / "embeddings")
+    (folder / "meta.json").unlink()
+    (folder / "parts" / "1.json").unlink()
+    (folder / "parts" / "1.data.npy").write_bytes(b"half")
+    succeed(run_stage_cli("doc2embedding.py", *embedding_arguments, "--bits", 4, "--nlist", 4, "--output_dir", folder))
+    for path in (compressed_dir / "parts").glob("*.npy"):
+        assert path.read_bytes() == (folder / "parts" / path.name).read_bytes()
