@@ -34,7 +34,7 @@ from bench_retrieve import recall
 from measure import REPO, add_results_flag, command_flags, hardware, run_command, timed, write_result
 from peers.search_peer import time_queries
 
-from artifact import link
+from artifact import read_meta, write_json
 from model import ColBERT
 from ragged import Ragged
 from retrieve import Searcher
@@ -83,10 +83,11 @@ def take_passages(source: Path, n: int | None, folder: Path) -> Path:
     if n is None or n >= len(embeddings):
         return source
     folder.mkdir()
-    np.save(folder / "values.npy", embeddings.slice(0, n)[0])
+    values, meta = embeddings.slice(0, n)[0], read_meta(source, "embeddings", "doc2embedding.py")
+    write_json(folder / "meta.json", meta | {"passages": n, "embeddings": len(values)})
+    np.save(folder / "values.npy", values)
     np.save(folder / "offsets.npy", embeddings.offsets[: n + 1])
     np.save(folder / "pids.npy", np.load(source / "pids.npy", mmap_mode="r")[:n])
-    link(source / "meta.json", folder / "meta.json")
     return folder
 
 
