@@ -105,11 +105,15 @@ def draw_search(args) -> Path | None:
         points = sorted((row["ms_at_10"], row["recall_at_10"]) for row in rows if row["system"] == system)
         size = next(row["bytes_per_token"] for row in rows if row["system"] == system)
         color = next(SEARCH[start] for start in sorted(SEARCH, key=len, reverse=True) if system.startswith(start))
-        marker = MARKERS.get(system.rsplit("-", 1)[-1], "*")
-        look = {"color": color, "marker": marker, "markersize": 6, "linewidth": 1, "markeredgecolor": "white"}
+        marker = MARKERS.get(system.rsplit("-", 1)[-1], "P")
+        look = {"color": color, "marker": marker, "markersize": 7, "linewidth": 1, "markeredgecolor": "white"}
         axis.plot(*zip(*points, strict=True), label=f"{system}, {size:.0f} B/token", **look)
     axis.set_xscale("log")
-    axis.xaxis.set_major_formatter("{x:g}")
+    low, high = axis.get_xlim()
+    ticks = [digit * 10.0**power for power in range(-2, 5) for digit in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
     axis.set_xlabel("ms a query, one thread")
     axis.set_ylabel("recall@10 of exact search")
     axis.grid(color="0.9", linewidth=0.6)

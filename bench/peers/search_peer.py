@@ -25,18 +25,19 @@ WARM_UP = 3  # queries
 def time_queries(search, settings: list, queries, ks: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Search one query after the other by search(query, k, setting), for each setting and k, after a warm-up.
 
-    Returns rows (settings, ks, Q, largest k), -1 where fewer were found, and seconds (settings, ks, Q).
+    Returns rows (settings, ks, Q, largest k), -1 where fewer were found, and seconds (2, settings, ks, Q): of the
+    processor, in all threads, and by the clock.
     """
     rows = np.full((len(settings), len(ks), len(queries), max(ks)), -1)
-    seconds = np.zeros(rows.shape[:3])
+    seconds = np.zeros((2, *rows.shape[:3]))
     for s, setting in enumerate(settings):
         for j, k in enumerate(ks):
             for query in queries[:WARM_UP]:
                 search(query, k, setting)
             for i, query in enumerate(queries):
-                started = time.perf_counter()
+                started = time.process_time(), time.perf_counter()
                 found = search(query, k, setting)
-                seconds[s, j, i] = time.perf_counter() - started
+                seconds[:, s, j, i] = np.subtract((time.process_time(), time.perf_counter()), started)
                 rows[s, j, i, : len(found)] = found[:k]
     return rows, seconds
 
