@@ -9,7 +9,8 @@ processor time: what the clock says on an idle machine, while on a busy one the 
 longer a search the more (`clock_ms_at_10` and `_at_100`).
 Recall is the share of the exact search's k best passages that are among the k found, for k = 10 and 100, each asked for
 by itself. `bytes_per_token` is the index on disk without ids, and the fp16 vectors where the search reads them;
-`build_peak_mb` memory that no file backs; `open_ms` without imports.
+`build_seconds` processor time of the whole command; `build_peak_mb` memory that no file backs; `open_ms` without
+imports.
 
 With --environments, a folder of virtual environments named colbert-ai, fast-plaid and xtr-warp-rs (made from
 bench/peers/requirements-*.txt), other libraries take part, each in its own (bench/peers/search_peer.py); one that is
@@ -121,9 +122,9 @@ def build(name: str, python: Path, vectors: Path, index: Path) -> dict:
         flags = {"embedding_dir": vectors, "output_dir": index, "no-gpu": True}
         done = run_command("build_index.py", **flags, **system.build)
         size = done["output"]["bytes_per_embedding"] + (2 * dim if reads_vectors else 0)
-    facts = {"bytes_per_token": round(size, 1), "build_seconds": done["output"]["seconds"]}
-    version = {"version": done["output"]["version"]} if system.library else {}
-    return {**facts, "build_peak_mb": done["private_mb"], **version}
+    facts = {"bytes_per_token": round(size, 1), "build_seconds": done["processor_seconds"]}
+    facts |= {"build_clock_seconds": done["seconds"], "build_peak_mb": done["private_mb"]}
+    return facts | ({"version": done["output"]["version"]} if system.library else {})
 
 
 def search(name: str, python: Path, vectors: Path, index: Path, queries: torch.Tensor) -> tuple:
@@ -179,10 +180,12 @@ def table(name: str, built: dict, open_ms: float, rows: np.ndarray, seconds: np.
 
 def show(rows: list[dict]) -> None:
     head = ("system", "setting", "B/token", "build s", "MB", "open ms", *("ms/query", "p95", "recall") * 2)
+    keys = ("system", "setting", "bytes_per_token", "build_seconds", "build_peak_mb", "open_ms")
+    keys += tuple(f"{what}_at_{k}" for k in KS for what in ("ms", "p95_ms", "recall"))
     print(f"{'':87}{'k = 10':>26}{'k = 100':>26}")
     print("{:15}{:38}{:>8}{:>10}{:>7}{:>9}{:>10}{:>8}{:>8}{:>10}{:>8}{:>8}".format(*head))
     for row in rows:
-        values = [value for key, value in row.items() if key != "version" and not key.startswith("clock")]
+        values = [row[key] for key in keys]
         print("{:15}{:38}{:8.1f}{:10.1f}{:7d}{:9.1f}{:10.2f}{:8.2f}{:8.4f}{:10.2f}{:8.2f}{:8.4f}".format(*values))
 
 

@@ -95,7 +95,8 @@ def matmul_gflops(dtype: torch.dtype, device="cpu", n: int = 2048) -> float:
 def run_command(script: str, python=sys.executable, **flags) -> dict:
     """Run a stage as a user does, `python SCRIPT --flag value ...`, and measure it; a flag that is True has no value.
 
-    Returns its last line of output (JSON) as `output`, wall `seconds`, and two memory peaks in MB (10^6 bytes):
+    Returns its last line of output (JSON) as `output`, wall `seconds`, `processor_seconds` (of all threads and of its
+    processes), and two memory peaks in MB (10^6 bytes):
     `private_mb`, memory of all its processes that no file backs, looked at every 20 ms: what the machine must have;
     `rss_mb`, resident memory of its largest process, to which pages of memory-mapped files count that the kernel may
     drop at any time.
@@ -119,6 +120,7 @@ def run_command(script: str, python=sys.executable, **flags) -> dict:
     return {
         "output": output,
         "seconds": round(seconds, 2),
+        "processor_seconds": round(ended[2].ru_utime + ended[2].ru_stime, 2),
         "private_mb": round(private / 1e6),
         "rss_mb": round(ended[2].ru_maxrss * 1024 / 1e6),
     }
