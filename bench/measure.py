@@ -92,19 +92,20 @@ def matmul_gflops(dtype: torch.dtype, device="cpu", n: int = 2048) -> float:
     return max(2 * n**3 / timed(lambda: (a @ a)[0, 0].item())[1] / 1e9 for _ in range(5))
 
 
-def run_command(script: str, **flags) -> dict:
-    """Run a stage as a user does, `python SCRIPT --flag value ...`, and measure it.
+def run_command(script: str, python=sys.executable, **flags) -> dict:
+    """Run a stage as a user does, `python SCRIPT --flag value ...`, and measure it; a flag that is True has no value.
 
-    Returns its last line of output (JSON) as `output`, wall `seconds`, and two memory peaks in MB (10^6 bytes):
+    Returns its last line of output (JSON) as `output`, wall `seconds`, `processor_seconds` (of all threads and of its
+    processes), and two memory peaks in MB (10^6 bytes):
     `private_mb`, memory of all its processes that no file backs, looked at every 20 ms: what the machine must have;
     `rss_mb`, resident memory of its largest process, to which pages of memory-mapped files count that the kernel may
     drop at any time.
     """
-    words = [word for flag, value in flags.items() if value is not None for word in (f"--{flag}", str(value))]
+    words = command_flags(flags)
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         started, private = time.perf_counter(), 0
         process = subprocess.Popen(
-            [sys.executable, str(REPO / script), *words], stdout=out, stderr=err, start_new_session=True
+            [str(python), str(REPO / script), *words], stdout=out, stderr=err, start_new_session=True
         )
         while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
             private = max(private, private_bytes(process.pid))
@@ -119,9 +120,18 @@ def run_command(script: str, **flags) -> dict:
     return {
         "output": output,
         "seconds": round(seconds, 2),
+        "processor_seconds": round(ended[2].ru_utime + ended[2].ru_stime, 2),
         "private_mb": round(private / 1e6),
         "rss_mb": round(ended[2].ru_maxrss * 1024 / 1e6),
     }
+
+
+def command_flags(flags: dict) -> list[str]:
+    """Words of a command line; True: the flag alone, None: not given."""
+    words = []
+    for flag, value in flags.items():
+        words += [] if value is None else [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+    return words
 
 
 def private_bytes(session: int) -> int:

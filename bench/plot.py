@@ -1,7 +1,8 @@
 """The pictures of the README, drawn from the result lines: python bench/plot.py
 
 reads   results/bench/*.jsonl: the last line of each benchmark that was measured on --device
-writes  results/bench/speed.png: how many times as fast we are, stage by stage. What was not measured is left out.
+writes  results/bench/speed.png: how many times as fast we are, stage by stage; search.png: recall and time of search
+        engines, where they were measured. What was not measured is left out.
 """
 
 import argparse
@@ -22,6 +23,16 @@ OTHERS = {  # way of a row: what the legend says, and the colour
     "sentence-transformers": ("sentence-transformers", "#ccbb44"),
     "pylate": ("PyLate", "#aa3377"),
 }
+
+SEARCH = {  # how the name of a search system begins: its colour
+    "ours": "#4477aa",
+    "ivfpq": "#228833",
+    "exact": "0.3",
+    "plaid": "#ee6677",
+    "fast-plaid": "#ccbb44",
+    "warp": "#aa3377",
+}
+MARKERS = {"1": "v", "2": "o", "4": "s", "8": "^", "vectors": "D"}  # how it ends: bits, or bits and vectors
 
 
 def last_rows(args, name: str) -> list[dict]:
@@ -84,6 +95,33 @@ def draw_speed(args) -> Path | None:
     return save(figure, args, "speed")
 
 
+def draw_search(args) -> Path | None:
+    """Recall@10 against milliseconds a query, a line of settings for each system."""
+    rows = last_rows(args, "search")
+    if not rows:
+        return None
+    figure, axis = plt.subplots(figsize=(8.6, 4.8))
+    for system in dict.fromkeys(row["system"] for row in rows):
+        points = sorted((row["ms_at_10"], row["recall_at_10"]) for row in rows if row["system"] == system)
+        size = next(row["bytes_per_token"] for row in rows if row["system"] == system)
+        color = next(SEARCH[start] for start in sorted(SEARCH, key=len, reverse=True) if system.startswith(start))
+        marker = MARKERS.get(system.rsplit("-", 1)[-1], "P")
+        look = {"color": color, "marker": marker, "markersize": 7, "linewidth": 1, "markeredgecolor": "white"}
+        axis.plot(*zip(*points, strict=True), label=f"{system}, {size:.0f} B/token", **look)
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    ticks = [digit * 10.0**power for power in range(-2, 5) for digit in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("ms a query, one thread")
+    axis.set_ylabel("recall@10 of exact search")
+    axis.grid(color="0.9", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+    return save(figure, args, "search")
+
+
 def save(figure, args, name: str) -> Path:
     path = args.results / f"{name}.png"
     figure.tight_layout()
@@ -92,7 +130,7 @@ def save(figure, args, name: str) -> Path:
     return path
 
 
-FIGURES = (draw_speed,)
+FIGURES = (draw_speed, draw_search)
 
 
 def main(args):

@@ -3,7 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 from conftest import ROOT, run_stage_cli, succeed
+
+from ragged import Ragged
+from search import QUALITY
 
 
 def test_fast_training_is_as_good(tokens_dir, encoder_dir, toy_dir, tmp_path):
@@ -15,6 +19,19 @@ def test_fast_training_is_as_good(tokens_dir, encoder_dir, toy_dir, tmp_path):
     assert [row["way"] for row in line["rows"]] == ["padded", "fast"]
     difference = line["differences"][0]
     assert difference["questions"] == 16 and difference["largest_loss_difference"] < 0.05
+
+
+def test_search_against_exact(embedding_dir, tmp_path):
+    vectors, queries = Ragged(embedding_dir), tmp_path / "queries.npy"
+    np.save(queries, np.stack([vectors.values[start : start + 8] for start in (0, 30, 60)]).astype(np.float32))
+    arguments = ["--embedding_dir", embedding_dir, "--n_passages", 39, "--queries", queries, "--results", tmp_path]
+    arguments += ["--rounds", 1, "--work", tmp_path, "--systems", "ours-2-vectors", "exact", "plaid-2"]
+    succeed(run_stage_cli("bench/bench_search.py", *arguments))
+    rows = json.loads((tmp_path / "search.jsonl").read_text())["rows"]
+    assert [row["setting"] for row in rows] == [*QUALITY, "every passage"]  # no PLAID without its environment
+    assert [row["recall_at_10"] for row in rows[-2:]] == [1, 1] and rows[0]["bytes_per_token"] > 32
+    succeed(run_stage_cli("bench/plot.py", "--results", tmp_path))
+    assert (tmp_path / "search.png").is_file()
 
 
 def test_pictures_of_what_was_measured(tmp_path):
