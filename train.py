@@ -274,6 +274,11 @@ def load_model(args, tokens_meta: dict) -> ColBERT:
             mask_punctuation=args.mask_punctuation,
         )
         if args.projection == "principal":
+            if args.dim > model.linear.in_features:
+                raise InputError(
+                    f"--dim {args.dim}, but the encoder has {model.linear.in_features} principal directions: lower --dim, "
+                    "or leave out --projection principal"
+                )
             passages = Ragged(args.tokens_dir / "passages")
             sample = np.random.default_rng(args.seed).choice(len(passages), min(512, len(passages)), replace=False)
             model.eval().project_on_principal(*passages.gather(np.sort(sample)))

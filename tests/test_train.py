@@ -361,3 +361,8 @@ def test_wandb_offline_does_not_prompt(train_arguments, tmp_path):
         pytest.fail("waits for an answer")
     succeed(done)
     assert len(losses(tmp_path / "model")) == 2 and list(tmp_path.rglob("offline-run-*"))
+
+
+def test_no_more_principal_directions_than_there_are(train_arguments, tmp_path):
+    error = refused(train_arguments, tmp_path / "model", "--dim", 4096, "--projection", "principal")
+    assert "--dim 4096, but the encoder has" in error and not list(tmp_path.iterdir())
