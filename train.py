@@ -276,8 +276,8 @@ def load_model(args, tokens_meta: dict) -> ColBERT:
         if args.projection == "principal":
             if args.dim > model.linear.in_features:
                 raise InputError(
-                    f"--dim {args.dim}, but the encoder has {model.linear.in_features} principal directions: lower --dim, "
-                    "or leave out --projection principal"
+                    f"--dim {args.dim}, but the encoder has {model.linear.in_features} principal directions: "
+                    "lower --dim, or leave out --projection principal"
                 )
             passages = Ragged(args.tokens_dir / "passages")
             sample = np.random.default_rng(args.seed).choice(len(passages), min(512, len(passages)), replace=False)
