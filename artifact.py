@@ -29,8 +29,19 @@ def run_stage(main, args) -> None:
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    finish(result)
+
+
+def finish(result: dict | None) -> None:
+    """Print a stage's result as one line of JSON; a process that is one of several ends here, at once.
+
+    Torn down object by object, gloo's threads in one process may wait for ever for another that has gone.
+    """
     if result is not None:
-        print(json.dumps(result))
+        print(json.dumps(result), flush=True)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def check_file(path, what: str) -> Path:

@@ -29,7 +29,7 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 import runs
-from artifact import InputError, check_file, make_meta, plain_args, publish, read_meta, run_stage, write_json
+from artifact import InputError, check_file, finish, make_meta, plain_args, publish, read_meta, run_stage, write_json
 from attention import pack, packable
 from layouts import is_colbert
 from model import FRAME, ColBERT, length_batches, maxsim, maxsim_packed, maxsim_pairs, to_device
@@ -478,8 +478,12 @@ def main(args):
         meta = make_meta("model", tokens_meta["fingerprint"], started, args, **facts)
         save_model(model, args.output_dir, meta)
     accelerator.end_training()
+    result = None
     if accelerator.is_main_process:
-        return {"output_dir": str(args.output_dir), "seconds": meta["seconds"], **facts}
+        result = {"output_dir": str(args.output_dir), "seconds": meta["seconds"], **facts}
+    if accelerator.num_processes > 1:
+        finish(result)  # before what holds the process group goes with this function
+    return result
 
 
 def parse_args():
