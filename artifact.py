@@ -38,8 +38,9 @@ def finish(result: dict | None) -> None:
     Torn down object by object, gloo's threads in one process may wait for ever for another that has gone.
     """
     if result is not None:
-        print(json.dumps(result), flush=True)
+        print(json.dumps(result))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
 

@@ -107,7 +107,7 @@ def build_ivfpq(embeddings: Ragged, args, partial: Path) -> dict:
 def build_codes(embeddings: Ragged, args, partial: Path) -> dict:
     """Write a compressed index; returns facts for meta.json."""
     n_embeddings = len(embeddings.values)
-    nlist, bits = args.nlist or min(MOST_CENTROIDS, default_nlist(n_embeddings)), args.bits or 2
+    nlist, bits = args.nlist or default_nlist(n_embeddings, MOST_CENTROIDS), args.bits or 2
     sample, lengths = sample_embeddings(embeddings, args.sample or nlist * PER_CENTROID, args.seed)
     print(f"{n_embeddings} embeddings: {nlist} centroids, {bits} bits, trained on {len(sample)}", flush=True)
     device, clock = default_device() if args.gpu else torch.device("cpu"), time.time()

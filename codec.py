@@ -17,6 +17,7 @@ A passage of n representatives and f followers in bytes: centroids 2 n, parents 
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from torch import Tensor
 import kernels
 from artifact import InputError
 from kernels import LANES, LARGEST_SCALE, NORM_LEAST, NORM_STEP
+from ragged import neighbours
 
 BITS = (1, 2, 4, 8)
 BOOKS = ("representatives", "followers")
@@ -46,10 +48,10 @@ def code_bytes(dim: int, bits: int) -> tuple[int, int]:
     return tuple(max(4, min(dim, size) // 4 * 4) for size in sizes)
 
 
-def default_nlist(n_embeddings: int) -> int:
-    """The power of two nearest to 4 * sqrt(n), and never more lists than can be trained."""
+def default_nlist(n_embeddings: int, most: int | None = None) -> int:
+    """The power of two nearest to 4 * sqrt(n), never more lists than can be trained, nor than `most`."""
     wanted = 2 ** round(math.log2(4 * math.sqrt(n_embeddings)))
-    return max(1, min(wanted, n_embeddings // (PER_CENTROID - 1)))
+    return max(1, min(wanted, n_embeddings // (PER_CENTROID - 1), most or wanted))
 
 
 def sample_passages(offsets: np.ndarray, wanted: int, seed: int) -> np.ndarray:
@@ -114,9 +116,8 @@ class Book(NamedTuple):
     def tables(self, query: Tensor) -> Tensor:
         """Dot products (M, 256, Lq) of codewords with the parts of a query (Lq, D)."""
         rotated, widths = query @ torch.from_numpy(self.rotation), np.diff(self.edges)[:, None]
-        columns = self.edges[:-1, None] + np.minimum(
-            np.arange(widths.max()), widths - 1
-        )  # past a part, codewords are 0
+        # past the end of a shorter part any column will do: its codewords are 0 there
+        columns = self.edges[:-1, None] + np.minimum(np.arange(widths.max()), widths - 1)
         parts = rotated.T[torch.from_numpy(columns)]  # (M, d, Lq)
         return torch.bmm(torch.from_numpy(self.codewords), parts)
 
@@ -127,7 +128,6 @@ class Codec:
     def __init__(self, centroids: np.ndarray, books: list[Book], similarity: float):
         self.centroids, self.books, self.similarity = centroids, books, similarity
         self.M = np.array([len(book.codewords) for book in books])
-        self._unit = unit(torch.from_numpy(self.centroids))
 
     @classmethod
     def train(cls, values, lengths, bits: int, nlist: int, seed: int, device="cpu", similarity=SIMILARITY) -> "Codec":
@@ -173,6 +173,10 @@ class Codec:
         books = [Book(*pair, parts_of(len(pair[0]), len(pair[1]))) for pair in parts]
         return cls(read("centroids"), books, float(np.load(Path(folder) / "similarity.npy")))
 
+    @cached_property
+    def _unit(self) -> Tensor:
+        return unit(torch.from_numpy(self.centroids))
+
     @property
     def dim(self) -> int:
         """Size D of a vector."""
@@ -188,20 +192,16 @@ class Codec:
         """
         if len(lengths) and lengths.max() >= kernels.LONGEST:
             raise InputError(f"a passage of {lengths.max()} tokens: at most {kernels.LONGEST - 1} can be compressed")
-        ends = np.cumsum(lengths)
-        cuts = np.unique(np.searchsorted(ends, np.arange(0, len(values) + ENCODE_TOKENS, ENCODE_TOKENS)))
-        cuts = np.unique([0, *cuts[1:], len(lengths)]) if len(lengths) else np.zeros(1, int)
-        blocks = [slice(*pair) for pair in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)]
-        first = ends - lengths
+        if not len(lengths):
+            return np.zeros(0, np.uint8), np.zeros((0, 2), np.uint16)
+        offsets = np.append(0, np.cumsum(lengths))
 
-        def one(block: slice) -> tuple[np.ndarray, np.ndarray]:
-            part = values[first[block.start] : ends[block.stop - 1]]
+        def encode_block(block: slice) -> tuple[np.ndarray, np.ndarray]:
+            part = values[offsets[block.start] : offsets[block.stop]]
             return self._encode(np.asarray(part, np.float32), lengths[block], device)
 
-        if not blocks:
-            return np.zeros(0, np.uint8), np.zeros((0, 2), np.uint16)
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            parts = list(threads.map(one, blocks))
+            parts = list(threads.map(encode_block, neighbours(lengths, ENCODE_TOKENS)))
         return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
     def _encode(self, values: np.ndarray, lengths: np.ndarray, device) -> tuple[np.ndarray, np.ndarray]:
@@ -230,10 +230,8 @@ class Codec:
         starts = np.concatenate([[0], np.cumsum(self.passage_bytes(sizes))])
         data = np.empty(starts[-1], np.uint8)
         of_first, of_follower = passage[first_order], passage[follower_order]
-        i, j = (
-            np.arange(len(of_first)) - begins[of_first],
-            np.arange(len(of_follower)) - (np.cumsum(f) - f)[of_follower],
-        )
+        i = np.arange(len(of_first)) - begins[of_first]
+        j = np.arange(len(of_follower)) - (np.cumsum(f) - f)[of_follower]
         pairs = nearest.astype("<u2").view(np.uint8).reshape(-1, 2)
         put(data, starts[of_first] + 2 * i, pairs)
         put(data, starts[of_follower] + 2 * n[of_follower] + j, within.astype(np.uint8)[:, None])

@@ -34,12 +34,11 @@ from ragged import NpyWriter, Ragged, allocate_npy
 
 def layout(model: ColBERT, passages: Ragged, n_passages: int, args, folder: Path) -> None:
     """Write offsets.npy, and a values.npy of the right size, still without values, or a trained codec."""
-    part_size = args.part_size
     offsets = NpyWriter(folder / "offsets.npy", np.int64)
     offsets.append(np.zeros(1, np.int64))
     total = 0
-    for start in range(0, n_passages, part_size):
-        counts = model.kept_counts(*passages.slice(start, min(n_passages, start + part_size)))
+    for start in range(0, n_passages, args.part_size):
+        counts = model.kept_counts(*passages.slice(start, min(n_passages, start + args.part_size)))
         offsets.append(total + np.cumsum(counts))
         total += int(counts.sum())
     offsets.close()
@@ -47,7 +46,7 @@ def layout(model: ColBERT, passages: Ragged, n_passages: int, args, folder: Path
         allocate_npy(folder / "values.npy", np.float16, (total, model.config.dim))
         return
     (folder / "codec").mkdir()
-    nlist = args.nlist or min(MOST_CENTROIDS, default_nlist(total))
+    nlist = args.nlist or default_nlist(total, MOST_CENTROIDS)
     rows = sample_passages(np.load(folder / "offsets.npy", mmap_mode="r"), nlist * PER_CENTROID, args.seed)
     values, lengths, _ = model.embed_passages(*passages.gather(rows), args.tokens_per_batch)
     Codec.train(values, lengths, args.bits, nlist, args.seed, model.device).save(folder / "codec")
@@ -84,6 +83,8 @@ def embed_part(model: ColBERT, passages: Ragged, start: int, stop: int, folder: 
 
 def main(args):
     started = time.time()
+    if args.nlist and not args.bits:
+        raise InputError("--nlist says nothing without --bits: leave it out, or give --bits")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     # Only where it knows that it is on CPUs does accelerate let several processes find each other.

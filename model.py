@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig,
 import attention
 from artifact import InputError, fingerprint
 from attention import Packed, encode_packed, pack, packable
+from maxsim import maxsim_packed
 from ragged import neighbours, ranges
 
 # On CPUs PyTorch keeps the compiled products of the last 1,024 shapes: gigabytes, where every batch has its own.
@@ -33,7 +34,6 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 MARKERS = {"query": "[Q]", "passage": "[D]"}  # tokens of their own, after [CLS] (paper, section 3.2)
 FRAME = 3  # [CLS], the marker and [SEP] around the word pieces
-MAXSIM_BYTES = {"cpu": 1 << 23, "cuda": 1 << 29}  # similarities held at a time in training
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 131072}  # passages are batched by tokens; a small batch stays in the cache
 TEXTS_PER_CHUNK = 1024  # texts tokenised at a time: what the tokenizer gives back takes hundreds of bytes a token
 SCORE_QUERIES, SCORE_TOKENS = 16, {"cpu": 4096, "cuda": 1 << 20}  # scored at a time, as retrieve.py does
@@ -166,78 +166,6 @@ def punctuation_ids(tokenizer) -> list[int]:
         if symbol in tokenizer.get_vocab():
             ids.add(tokenizer.convert_tokens_to_ids(symbol))
     return sorted(ids - set(tokenizer.all_special_ids))
-
-
-# ------------------------------------------------------------------------------------------------------------ MaxSim
-
-
-def maxsim(queries: Tensor, passages: Tensor, mask: Tensor) -> Tensor:
-    """Score every query against every passage: sum over query tokens of the best passage token (paper, eq. 3).
-
-    queries (B, Lq, D), passages (N, Ld, D), mask (N, Ld) true at real tokens; returns (B, N). Tokens that are
-    not real never win, however small the similarities. Takes MAXSIM_BYTES of memory besides, whatever the sizes.
-    """
-    return _MaxSim.apply(queries, passages, mask)
-
-
-class _MaxSim(torch.autograd.Function):
-    """Similarities a few queries at a time; what is kept of them is where each maximum was."""
-
-    @staticmethod
-    def forward(ctx, queries, passages, mask):
-        scores, winners = [], []
-        for part in _maxsim_parts(queries, passages):
-            similarity = torch.einsum("bqd,nld->bnql", part, passages)  # (b, N, Lq, Ld)
-            best, winner = similarity.masked_fill_(~mask[None, :, None, :], -torch.inf).max(-1)  # (b, N, Lq)
-            scores.append(best.sum(-1))
-            winners.append(winner.to(torch.int16))
-        ctx.save_for_backward(queries, passages, torch.cat(winners))
-        return torch.cat(scores)
-
-    @staticmethod
-    def backward(ctx, grad):  # (B, N)
-        queries, passages, winners = ctx.saved_tensors
-        grad_queries, grad_passages, first = [], torch.zeros_like(passages), 0
-        for part in _maxsim_parts(queries, passages):
-            here = slice(first, first := first + len(part))
-            winner = winners[here].long()[..., None]  # (b, N, Lq, 1)
-            chosen = torch.zeros((*winner.shape[:3], passages.shape[1]), dtype=grad.dtype, device=grad.device)
-            chosen.scatter_(3, winner, grad[here, :, None, None].expand_as(winner))  # (b, N, Lq, Ld)
-            grad_queries.append(torch.einsum("bnql,nld->bqd", chosen, passages))
-            grad_passages += torch.einsum("bnql,bqd->nld", chosen, part)
-        return torch.cat(grad_queries), grad_passages, None
-
-
-def _maxsim_parts(queries: Tensor, passages: Tensor):
-    row = 4 * queries.shape[1] * passages.shape[0] * passages.shape[1]  # bytes of one query's similarities
-    return queries.split(max(1, MAXSIM_BYTES.get(queries.device.type, 1 << 24) // max(1, row)))
-
-
-def maxsim_pairs(queries: Tensor, passages: Tensor, mask: Tensor) -> Tensor:
-    """Score each query against its own passages only.
-
-    queries (B, Lq, D), passages (B, K, Ld, D), mask (B, K, Ld) true at real tokens; returns (B, K).
-    """
-    similarity = torch.einsum("bqd,bkld->bkql", queries, passages)  # (B, K, Lq, Ld)
-    return similarity.masked_fill(~mask[:, :, None, :], -torch.inf).amax(-1).sum(-1)
-
-
-def maxsim_packed(queries: Tensor, embeddings: Tensor, lengths: Tensor) -> Tensor:
-    """Score every query against packed passages, without padding.
-
-    queries (B, Lq, D), embeddings (T, D) of N passages one after the other, lengths (N,) all above 0, T their sum;
-    returns (B, N) fp32.
-    """
-    B, Lq, D = queries.shape
-    queries = queries.reshape(B * Lq, D)
-    if queries.device.type == "cpu":  # numpy's segmented maximum is many times faster there, along contiguous rows
-        starts = np.cumsum(lengths.numpy()) - lengths.numpy()
-        similarity = (queries @ embeddings.T).float()  # (B * Lq, T)
-        best = torch.from_numpy(np.maximum.reduceat(similarity.numpy(), starts, axis=1))  # (B * Lq, N)
-        return best.view(B, Lq, -1).sum(1)
-    similarity = (embeddings @ queries.T).float()  # (T, B * Lq)
-    best = torch.segment_reduce(similarity, "max", lengths=lengths, axis=0)  # (N, B * Lq)
-    return best.view(-1, B, Lq).sum(-1).T
 
 
 # ------------------------------------------------------------------------------------------------------------- model

@@ -11,11 +11,11 @@ reads   index/ (build_index.py; embeddings/ will do for the last two), model/ (t
 writes  a run file, TREC (qid Q0 pid rank score tag) or MS MARCO (qid, pid, rank)
 
 A compressed index is searched in the steps that search.py describes; --nprobe, --n_centroids, --n_codes and --n_exact
-override what --quality says of each. In an IVFPQ index,
-for each query token the --faiss_depth nearest embeddings in --nprobe lists are looked up; their passages are ordered
-by the sum of what was found (a token that found nothing of a passage counts as its last hit), and the first
---rerank_depth are scored exactly on the memory-mapped fp16 embeddings, in fp32. Under `accelerate launch` each process
-takes a share of the queries. Reference: 146 ms a query on MS MARCO.
+override what --quality says of each. Where it keeps no vectors, codes are all there is to score by, --exact and
+--candidates as well. In an IVFPQ index, for each query token the --faiss_depth nearest embeddings in --nprobe lists are
+looked up; their passages are ordered by the sum of what was found (a token that found nothing of a passage counts as
+its last hit), and the first --rerank_depth are scored exactly on the memory-mapped fp16 embeddings, in fp32. Under
+`accelerate launch` each process takes a share of the queries. Reference: 146 ms a query on MS MARCO.
 """
 
 import argparse
@@ -37,9 +37,10 @@ from tqdm import tqdm
 
 import runs
 from artifact import InputError, check_file, peak_memory_mb, read_meta, run_stage
-from model import ColBERT, check_texts, default_device, maxsim_packed, model_fingerprint
+from maxsim import maxsim_packed
+from model import ColBERT, check_texts, default_device, model_fingerprint
 from ragged import Ids, Ragged, neighbours
-from search import QUALITY, CompressedIndex, Effort, Ranking
+from search import QUALITY, CompressedIndex, Effort, Ranking, read_vectors, top
 from tsv import Collection, read_queries
 
 RERANK_TOKENS = {"cpu": 4096, "cuda": 1 << 20}  # embeddings of candidates scored at a time
@@ -78,8 +79,6 @@ class Searcher:
             self.codes = self.pids = CompressedIndex(index_dir)
         else:
             self.embeddings, self.pids = Ragged(index_dir), Ids(Path(index_dir) / "pids.npy")
-            # (T, D) fp16, memory-mapped; "c" is copy on write: torch wants it writable, and nothing is written
-            self._values = torch.from_numpy(np.load(Path(index_dir) / "values.npy", mmap_mode="c"))
         self.seconds: dict[str, float] = {}  # where the time went
         if model is not None:
             self.model = self._load(model)
@@ -147,8 +146,8 @@ class Searcher:
         hits = []
         for row, pid, score in zip(rows.tolist(), pids, scores.tolist(), strict=True):
             found, text = self.collection[row] if row < len(self.collection) else (None, None)
-            if found != pid and self.codes is not None:  # added later, or rows have moved by deletion
-                text = None
+            if found != pid and self.codes is not None and self.codes.was_changed:
+                text = None  # added later, or rows have moved
             elif found != pid:
                 raise InputError(
                     f"{self.collection.path}:{row + 1}: pid {found!r}, but {pid!r} in {self.index_dir}: "
@@ -256,11 +255,10 @@ class Searcher:
     def _score(self, query: Tensor, rows: np.ndarray) -> np.ndarray:
         """MaxSim (n,) of one query (1, Lq, D) with some passages."""
         with self._timed("read embeddings"):
-            positions, lengths = self.embeddings.positions(rows)
-            embeddings = torch.index_select(self._values, 0, torch.from_numpy(positions))  # (T, D) fp16
-            embeddings = embeddings.to(self.device).float()
+            embeddings, lengths = read_vectors(self.embeddings, rows)
+            embeddings = embeddings.to(self.device).float()  # (T, D)
         with self._timed("MaxSim"):
-            return maxsim_packed(query, embeddings, torch.from_numpy(lengths).to(self.device))[0].cpu().numpy()
+            return maxsim_packed(query, embeddings, lengths.to(self.device))[0].cpu().numpy()
 
     def exact(self, queries: Tensor, k: int) -> list[Ranking]:
         """The k best of all passages for each query (Q, Lq, D): every embedding is read once and scored in fp32."""
@@ -316,15 +314,6 @@ def best_candidates(rows: np.ndarray, similarities: np.ndarray, n: int) -> np.nd
     best = np.repeat(last[:, None], len(unique), axis=1)  # (Lq, candidates)
     np.maximum.at(best, (np.nonzero(found)[0], column), similarities[found])
     return unique[np.argpartition(-best.sum(0), n - 1)[:n]]
-
-
-def top(rows: np.ndarray, scores: np.ndarray, k: int) -> Ranking:
-    """The k highest scores and their rows; equal scores in the order of the collection."""
-    if len(scores) > k:
-        kept = np.argpartition(-scores, k - 1)[:k]
-        rows, scores = rows[kept], scores[kept]
-    order = np.lexsort((rows, -scores))
-    return rows[order], scores[order]
 
 
 def search_all(searcher: Searcher, queries: dict[str, str], args) -> Iterator[tuple[str, list[str], list[float]]]:

@@ -16,6 +16,7 @@ import fcntl
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,8 +31,10 @@ import kernels
 from artifact import InputError, link, write_json
 from codec import Codec, Tables
 from kernels import FINAL, LANES
-from model import maxsim_packed
+from maxsim import maxsim_packed
 from ragged import Ids, IdWriter, NpyWriter, Ragged, neighbours, ranges
+
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # memory maps; nothing writes to them
 
 Ranking = tuple[np.ndarray, np.ndarray]  # rows of passages and their scores, the best first
 PROMISE = 1 << 12  # a similarity of 1.0 when lists are probed
@@ -74,7 +77,7 @@ class SegmentWriter:
         self.pids = IdWriter(self.folder / "pids.npy")
         self.vectors = NpyWriter(self.folder / "vectors.npy", np.float16, (codec.dim,)) if keep_vectors else None
         self.pending: list[np.ndarray] = []  # centroids and passages of the block that is not full yet
-        self.n, self.n_tokens = 0, 0
+        self.n = 0
 
     def append(self, data: np.ndarray, sizes: np.ndarray, pids: list[str], vectors=None) -> None:
         """Compressed passages, as Codec.encode gives them, their ids, and their vectors if they are kept."""
@@ -89,7 +92,7 @@ class SegmentWriter:
         pairs = ranges(np.concatenate([[0], ends[:-1]]), 2 * first) if len(sizes) else np.zeros(0, np.int64)
         centroids = data[pairs].view("<u2").astype(np.int64)
         passages = np.repeat(self.n + np.arange(len(sizes)), first)
-        self.n, self.n_tokens = self.n + len(sizes), self.n_tokens + int(sizes.sum())
+        self.n += len(sizes)
         self.pending.append(np.stack([centroids, passages]))
         while self.n - self.starts.n_rows * BLOCK >= BLOCK:
             self._write_lists()
@@ -128,7 +131,7 @@ class Segment:
         self.vectors = None
         if (self.folder / "vectors.npy").is_file():
             offsets = np.append(0, self.sizes.sum(1, dtype=np.int64).cumsum())
-            self.vectors = Ragged.of(np.load(self.folder / "vectors.npy", mmap_mode="c"), offsets)
+            self.vectors = Ragged.of(self._load("vectors"), offsets)
 
     def _load(self, name: str) -> np.ndarray:
         return np.load(self.folder / f"{name}.npy", mmap_mode="r")
@@ -136,8 +139,12 @@ class Segment:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def mask(self) -> np.ndarray:
+        """Whether each passage is there, (n,) bool; not to be written to."""
+        return np.ones(len(self), bool) if self._alive is None else self._alive
+
     def alive(self, rows: np.ndarray) -> np.ndarray:
-        """Whether each of some passages is there (n,) bool."""
+        """Whether each of some passages is there, (n,) bool."""
         return np.ones(len(rows), bool) if self._alive is None else self._alive[rows]
 
 
@@ -166,14 +173,18 @@ class CompressedIndex:
             self.n += len(self.segments[-1])
         self.keeps_vectors = all(segment.vectors is not None for segment in self.segments)
 
+    @property
+    def was_changed(self) -> bool:
+        """Whether the rows may be others than those of the collection that it was built from."""
+        return self.state["version"] > 1
+
     def __len__(self) -> int:
         """Passages, the deleted ones among them."""
         return self.n
 
     def alive(self) -> np.ndarray:
         """Whether each row is there, (n,) bool."""
-        parts = [segment.alive(np.arange(len(segment))) for segment in self.segments]
-        return np.concatenate([np.zeros(0, bool), *parts])
+        return np.concatenate([np.zeros(0, bool), *(segment.mask() for segment in self.segments)])
 
     def text(self, rows: np.ndarray) -> list[str]:
         """Ids of the given rows."""
@@ -226,9 +237,7 @@ class CompressedIndex:
             if len(rows) > n_exact:
                 rows = rows[highest(self._scores(rows, tables), n_exact)]
             scores = self._exact(query, rows)
-        best = highest(scores, k)
-        best = best[np.lexsort((rows[best], -scores[best]))]
-        return rows[best], scores[best]
+        return top(rows, scores, k)
 
     def _probe(self, query: Tensor, tables, nprobe: int, n: int, allowed: np.ndarray | None) -> np.ndarray:
         """Step 1: the n most promising rows, in order."""
@@ -273,10 +282,8 @@ class CompressedIndex:
         for segment, part in self.parts(rows):
             local = rows[part] - segment.first_row
             for block in neighbours(segment.vectors.lengths(local), EXACT_TOKENS):
-                positions, lengths = segment.vectors.positions(local[block])
-                values, positions = torch.from_numpy(segment.vectors.values), torch.from_numpy(positions)
-                vectors = torch.index_select(values, 0, positions).float()
-                scores[part][block] = maxsim_packed(query[None], vectors, torch.from_numpy(lengths))[0].numpy()
+                vectors, lengths = read_vectors(segment.vectors, local[block])
+                scores[part][block] = maxsim_packed(query[None], vectors.float(), lengths)[0].numpy()
         return scores
 
     def parts(self, rows: np.ndarray) -> Iterator[tuple[Segment, slice]]:
@@ -292,9 +299,23 @@ class CompressedIndex:
             return list(threads.map(lambda query: self.search(query, k, effort, allowed), queries))
 
 
+def read_vectors(vectors: Ragged, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Embeddings (T, D) fp16 of some passages, one after the other, and the passages' lengths (n,)."""
+    positions, lengths = vectors.positions(rows)
+    values = torch.index_select(torch.from_numpy(vectors.values), 0, torch.from_numpy(positions))
+    return values, torch.from_numpy(lengths)
+
+
 def highest(scores: np.ndarray, n: int) -> np.ndarray:
     """Positions of the n highest scores, in order of position."""
     return np.sort(np.argpartition(-scores, n - 1)[:n]) if len(scores) > n else np.arange(len(scores))
+
+
+def top(rows: np.ndarray, scores: np.ndarray, k: int) -> Ranking:
+    """The k highest scores and their rows; equal scores in the order of the collection."""
+    best = highest(scores, k)
+    best = best[np.lexsort((rows[best], -scores[best]))]
+    return rows[best], scores[best]
 
 
 # ------------------------------------------------------------------------------------------------------------- change
@@ -382,7 +403,7 @@ def delete(folder, pids: list[str]) -> int:
         entries = {segment.folder.name: entry for segment, entry in zip(index.segments, state["segments"], strict=True)}
         for segment, part in index.parts(rows):
             entry = entries[segment.folder.name]
-            alive = segment.alive(np.arange(len(segment)))
+            alive = segment.mask().copy()
             alive[rows[part] - segment.first_row] = False
             entry["alive"] = f"alive-{state['version']}.npy"
             np.save(segment.folder / entry["alive"], alive)
@@ -395,7 +416,7 @@ def compact(folder) -> int:
         index, name = CompressedIndex(folder), str(state["version"])
         writer = SegmentWriter(Path(folder) / "segments" / name, index.codec, index.keeps_vectors)
         for segment in index.segments:
-            alive = np.flatnonzero(segment.alive(np.arange(len(segment))))
+            alive = np.flatnonzero(segment.mask())
             for rows in np.array_split(alive, math.ceil(len(alive) / COMPACT_PASSAGES) or 1):
                 starts, ends = segment.offsets[rows], segment.offsets[rows + 1]
                 data = segment.data[ranges(starts, ends - starts)]

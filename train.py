@@ -32,7 +32,8 @@ import runs
 from artifact import InputError, check_file, finish, make_meta, plain_args, publish, read_meta, run_stage, write_json
 from attention import pack, packable
 from layouts import is_colbert
-from model import FRAME, ColBERT, length_batches, maxsim, maxsim_packed, maxsim_pairs, to_device
+from maxsim import maxsim, maxsim_packed, maxsim_pairs
+from model import FRAME, ColBERT, length_batches, to_device
 from ragged import Ids, Ragged, ranges
 from tsv import read_queries
 

@@ -5,6 +5,7 @@ Every error names the file, the line, what was found and what to do.
 
 import contextlib
 import gzip
+import itertools
 import os
 import shutil
 import tempfile
@@ -124,3 +125,10 @@ def count_lines(path) -> int:
     """Lines in a file, the last one counted whether or not it ends in a newline."""
     with open_bytes(Path(path), "text") as file:
         return sum(1 for _ in file)
+
+
+def batched(iterable, size: int):
+    """Lists of `size` items, the last one shorter."""
+    iterator = iter(iterable)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk

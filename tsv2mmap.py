@@ -30,7 +30,7 @@ from artifact import InputError, check_file, fingerprint, publish, run_stage, se
 from layouts import texts_of
 from model import load_tokenizer, prepare_texts, tokenize, tokenizer_fingerprint
 from ragged import Ids, IdWriter, NpyWriter, RaggedWriter
-from tsv import open_bytes, read_id_text, read_rows
+from tsv import batched, open_bytes, read_id_text, read_rows
 
 CHUNK = 2000  # texts handed to a worker at a time
 
@@ -124,13 +124,6 @@ def convert_texts(path, what: str, writer: TokenWriter, ids: IdWriter, text_rows
         raise InputError(
             f"{path}:{second + 1}: id {identifier!r} a second time (first on line {first + 1}): ids must be unique"
         )
-
-
-def batched(iterable, size: int):
-    """Lists of `size` items, the last one shorter."""
-    iterator = iter(iterable)
-    while chunk := list(itertools.islice(iterator, size)):
-        yield chunk
 
 
 def guess_format(path, has_ids: bool) -> str:

@@ -18,8 +18,7 @@ import transformers
 import search
 from artifact import InputError, check_file, read_meta, run_stage
 from model import ColBERT, default_device, model_fingerprint
-from tsv import read_id_text
-from tsv2mmap import batched
+from tsv import batched, read_id_text
 
 PASSAGES = 4096  # embedded and added at a time
 

@@ -1,4 +1,4 @@
-"""MaxSim: model.maxsim_packed and the gradient of model.maxsim, against the plain tensors of all similarities.
+"""MaxSim: maxsim.maxsim_packed and the gradient of maxsim.maxsim, against the plain tensors of all similarities.
 
     python bench/bench_maxsim.py                              # one core
     python bench/bench_maxsim.py --device cuda
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from measure import add_machine_flags, hardware, matmul_gflops, spread, timed, write_result
 
-from model import maxsim, maxsim_packed
+from maxsim import maxsim, maxsim_packed
 
 LQ, LD, D = 32, 180, 128
 

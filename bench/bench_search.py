@@ -49,11 +49,11 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_
 
 
 class System(NamedTuple):
-    """A way to search: flags of its build, named settings of its search, and the library if it is not ours."""
+    """A way to search: flags of its build, named settings of its search, and the peer if it is not ours."""
 
     build: dict
     settings: dict
-    library: str | None = None
+    peer: str | None = None
 
 
 IVFPQ = {"nprobe 8, depth 100, rerank 1000": (8, 100, 1000), "nprobe 32, depth 1024, rerank 4000": (32, 1024, 4000)}
@@ -115,8 +115,8 @@ def build(name: str, python: Path, vectors: Path, index: Path) -> dict:
     reads_vectors = name in ("exact", "ivfpq") or "keep_vectors" in system.build
     if name == "exact":
         return {"bytes_per_token": 2 * dim, "build_seconds": 0, "build_peak_mb": 0}
-    if system.library:
-        done = run_command(SCRIPT, python, peer=system.library, vectors=vectors, index=index, **system.build)
+    if system.peer:
+        done = run_command(SCRIPT, python, peer=system.peer, vectors=vectors, index=index, **system.build)
         size = done["output"]["bytes"] / n_tokens
     else:
         flags = {"embedding_dir": vectors, "output_dir": index, "no-gpu": True}
@@ -124,20 +124,20 @@ def build(name: str, python: Path, vectors: Path, index: Path) -> dict:
         size = done["output"]["bytes_per_embedding"] + (2 * dim if reads_vectors else 0)
     facts = {"bytes_per_token": round(size, 1), "build_seconds": done["processor_seconds"]}
     facts |= {"build_clock_seconds": done["seconds"], "build_peak_mb": done["private_mb"]}
-    return facts | ({"version": done["output"]["version"]} if system.library else {})
+    return facts | ({"version": done["output"]["version"]} if system.peer else {})
 
 
 def search(name: str, python: Path, vectors: Path, index: Path, queries: torch.Tensor) -> tuple:
     """Open an index, search it: milliseconds of opening, then rows and seconds as `time_queries` gives them."""
     system = SYSTEMS[name]
     settings = list(system.settings.values())
-    if not system.library:
+    if not system.peer:
         find, seconds = timed(open_ours, name, vectors, index)
         return 1000 * seconds, *time_queries(find, settings, queries[: EXACT_QUERIES if name == "exact" else None], KS)
     with tempfile.TemporaryDirectory() as work:
         files = {"queries": Path(work) / "queries.npy", "output": Path(work) / "found.npz"}
         np.save(files["queries"], queries.numpy())
-        flags = {"peer": system.library, "bits": system.build["bits"], "index": index, **files}
+        flags = {"peer": system.peer, "bits": system.build["bits"], "index": index, **files}
         flags |= {"settings": json.dumps(settings), "ks": json.dumps(KS)}
         done = subprocess.run([python, REPO / SCRIPT, *command_flags(flags)], capture_output=True, text=True)
         if done.returncode:
@@ -197,8 +197,8 @@ def main(args):
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     environments = args.environments.absolute() if args.environments else Path("none")
-    pythons = {name: environments / (SYSTEMS[name].library or "") / "bin" / "python" for name in args.systems}
-    names = [name for name in args.systems if not SYSTEMS[name].library or pythons[name].exists()]
+    pythons = {name: environments / (SYSTEMS[name].peer or "") / "bin" / "python" for name in args.systems}
+    names = [name for name in args.systems if not SYSTEMS[name].peer or pythons[name].exists()]
     queries = load_queries(args)
     with tempfile.TemporaryDirectory() as temporary:
         work = (args.work or Path(temporary)).absolute() / str(args.n_passages or "all")

@@ -43,7 +43,8 @@ from transformers import (
 import model as model_module
 from artifact import InputError, run_stage, write_json
 from layouts import name_as_before
-from model import ColBERT, maxsim_packed
+from maxsim import maxsim_packed
+from model import ColBERT
 from tsv import read_id_text, read_queries
 
 PEERS = {"stanford": "colbert-ai", "pylate": "pylate", "sentence-transformers": "sentence-transformers"}

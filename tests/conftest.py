@@ -83,6 +83,10 @@ def succeed(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
     return done
 
 
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:The given NumPy array is not writable")  # as search.py does
+
+
 @pytest.fixture(scope="session")
 def encoder_dir(tmp_path_factory) -> Path:
     """A tiny random BERT with a WordPiece tokenizer that can spell anything in ASCII."""

@@ -19,7 +19,8 @@ import attention
 import layouts
 import model as model_module
 from artifact import InputError
-from model import ColBERT, load_tokenizer, maxsim, model_fingerprint
+from maxsim import maxsim
+from model import ColBERT, load_tokenizer, model_fingerprint
 
 GOLDEN = ROOT / "tests" / "golden"
 TEXTS = json.loads((GOLDEN / "texts.json").read_text())

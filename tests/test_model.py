@@ -20,14 +20,12 @@ from transformers import (
 
 import model as model_module
 from artifact import InputError
+from maxsim import MAXSIM_BYTES, maxsim, maxsim_packed, maxsim_pairs
 from model import (
     FRAME,
     ColBERT,
     length_batches,
     load_tokenizer,
-    maxsim,
-    maxsim_packed,
-    maxsim_pairs,
     model_fingerprint,
     punctuation_ids,
     tokenize,
@@ -99,7 +97,7 @@ def test_maxsim(scoring):
 @pytest.mark.parametrize("size", [1, 1000, 1 << 20])
 def test_gradients_of_maxsim(scoring, monkeypatch, size):
     """Those of the plain tensor of all similarities, however many queries are computed at a time."""
-    monkeypatch.setitem(model_module.MAXSIM_BYTES, "cpu", size)
+    monkeypatch.setitem(MAXSIM_BYTES, "cpu", size)
     queries, passages, mask, expected = scoring
     weight = torch.linspace(-1, 1, expected.numel()).view_as(expected)  # (B, N)
     found, wanted = (tuple(part.clone().requires_grad_() for part in (queries, passages)) for _ in range(2))

@@ -19,7 +19,7 @@ import kernels
 import search
 from artifact import InputError
 from codec import Codec
-from model import maxsim_packed
+from maxsim import maxsim_packed
 from retrieve import Searcher
 from search import QUALITY, CompressedIndex, Effort, add, compact, create, delete
 
@@ -287,6 +287,12 @@ def test_among_and_effort_are_for_one_search(codes_dir, model_dir):
             searcher.search("red apple", **wrong)
 
 
+def test_another_collection_is_refused(codes_dir, model_dir, tmp_path):
+    (tmp_path / "other.tsv").write_text("x\tred apple\n")
+    with pytest.raises(InputError, match="give the collection that the index was made from"):
+        Searcher(codes_dir, model_dir, "cpu", collection=tmp_path / "other.tsv").search("red apple")
+
+
 def test_update_stage(codes_dir, model_dir, tmp_path):
     index = shutil.copytree(codes_dir, tmp_path / "index")
     (tmp_path / "more.tsv").write_text("new1\tred apple red apple\nnew2\tgreen apple\n")
@@ -365,6 +371,12 @@ def test_compressed_at_once(compressed_dir, codes_dir, model_dir, tmp_path):
 def test_refusals_of_compressed_embeddings(compressed_dir, tmp_path, flags, message):
     done = call_stage("build_index.py", "--embedding_dir", compressed_dir, "--output_dir", tmp_path / "index", *flags)
     assert done.returncode == 2 and message in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_centroids_are_for_compression(embedding_arguments, tmp_path):
+    done = call_stage("doc2embedding.py", *embedding_arguments, "--nlist", 4, "--output_dir", tmp_path / "embeddings")
+    assert done.returncode == 2 and "--nlist says nothing without --bits" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_compressed_embeddings_are_not_searched(compressed_dir, model_dir):
