@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from artifact import InputError, fingerprint, link, publish, read_meta, run_stage, seen_from, write_meta
-from codec import BITS, MOST_CENTROIDS, PER_CENTROID, Codec, default_nlist, sample_passages
+from codec import BITS, MOST_CENTROIDS, PER_CENTROID, Codec, Codes, default_nlist, sample_passages
 from model import default_device
 from ragged import Ids, Ragged, neighbours
 from search import create
@@ -107,9 +107,11 @@ def build_ivfpq(embeddings: Ragged, args, partial: Path) -> dict:
 def build_codes(embeddings: Ragged, args, partial: Path) -> dict:
     """Write a compressed index; returns facts for meta.json."""
     n_embeddings = len(embeddings.values)
-    nlist, bits = args.nlist or default_nlist(n_embeddings, MOST_CENTROIDS), args.bits or 2
+    nlist = args.nlist or default_nlist(n_embeddings, MOST_CENTROIDS)
+    bits = None if args.keep_vectors else args.bits or 2
     sample, lengths = sample_embeddings(embeddings, args.sample or nlist * PER_CENTROID, args.seed)
-    print(f"{n_embeddings} embeddings: {nlist} centroids, {bits} bits, trained on {len(sample)}", flush=True)
+    finely = f"{bits} bits" if bits else "vectors kept"
+    print(f"{n_embeddings} embeddings: {nlist} centroids, {finely}, trained on {len(sample)}", flush=True)
     device, clock = default_device() if args.gpu else torch.device("cpu"), time.time()
     codec = Codec.train(sample, lengths, bits, nlist, args.seed, device)
     del sample
@@ -120,7 +122,7 @@ def build_codes(embeddings: Ragged, args, partial: Path) -> dict:
         slices = neighbours(np.diff(embeddings.offsets), CODES_BLOCK)
         for part in tqdm(slices, disable=None, desc="compress", unit=" blocks"):
             values, lengths = embeddings.slice(part.start, part.stop)
-            yield *codec.encode(values, lengths, device), pids.text(np.arange(part.start, part.stop))
+            yield codec.encode(values, lengths, device), pids.text(np.arange(part.start, part.stop))
 
     create(partial, codec, blocks(), args.embedding_dir / "values.npy" if args.keep_vectors else None)
     return {
@@ -147,9 +149,9 @@ def collect_codes(source_meta: dict, args, partial: Path) -> dict:
     def blocks():
         nonlocal first
         for number in range(len(list(parts.glob("*.json")))):
-            data, sizes = (np.load(parts / f"{number}.{name}.npy", mmap_mode="r") for name in ("data", "sizes"))
-            yield data, sizes, pids.text(np.arange(first, first + len(sizes)))
-            first += len(sizes)
+            codes = Codes(*(np.load(parts / f"{number}.{name}.npy") for name in Codes._fields))
+            yield codes, pids.text(np.arange(first, first + len(codes.sizes)))
+            first += len(codes.sizes)
 
     create(partial, Codec.load(args.embedding_dir / "codec"), blocks())
     return {"bits": source_meta["bits"], "keep_vectors": False, "nlist": source_meta["nlist"]}
@@ -162,6 +164,8 @@ def check_flags(args) -> None:
     for name in flags[other]:
         if getattr(args, name):
             raise InputError(f"--{name} says nothing to --method {args.method}: leave it out, or give --method {other}")
+    if args.bits and args.keep_vectors:
+        raise InputError("--bits says nothing with --keep_vectors, which take the place of fine codes: give one of them")
 
 
 def main(args):
@@ -210,7 +214,7 @@ def parse_args():
         "--keep_vectors",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="codes: link the fp16 embeddings, for an exact last step",
+        help="codes: link the fp16 embeddings in place of fine codes, for an exact last step",
     )
     parser.add_argument("--nlist", type=int, help="inverted lists (default: the power of two near 4 sqrt(embeddings))")
     parser.add_argument("--m", type=int, help="ivfpq: bytes of an embedding's code (default 16)")

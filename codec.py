@@ -1,18 +1,22 @@
-"""Compress token embeddings to a few bytes each, and score them as they are.
+"""Compress token embeddings to a few bytes each, in two steps, and score them as they are.
 
 Tokens of a passage repeat one another: a third of SQuAD's have a neighbour in their passage at a cosine of 0.85. So a
-passage's tokens are split into representatives and followers. A representative is coded as the nearest of `nlist`
-centroids and its difference from it, a follower as its difference from its representative as decoded: a smaller
-difference, hence fewer bytes. Differences are coded by product quantisation (Jégou et al., TPAMI 2011): M parts, each
-replaced by the nearest of 256 codewords, one byte; before, they are rotated on their principal directions, which are
-dealt out so that every part gets its share of the variance (Ge et al., CVPR 2013). A last byte brings the decoded
-vector to unit length. Residuals to centroids are ColBERTv2's (arXiv 2112.01488), near-duplicates within a passage those
-of Clavié et al. (arXiv 2409.14683), who average them away. LOG.md has what else was measured.
+passage's tokens are split into representatives and followers. A representative is coded coarsely, as the nearest of
+`nlist` centroids and its difference from it in a few bytes, and then finely: what the coarse code leaves over. A follower
+is coded as its difference from its representative as decoded: a small difference, hence few bytes. Differences are coded
+by product quantisation (Jégou et al., TPAMI 2011): M parts, each replaced by the nearest of 256 codewords, one byte;
+before, all is rotated on the principal directions of the differences, which are dealt out so that every part gets its
+share of the variance (Ge et al., CVPR 2013). A last byte brings a decoded vector to unit length. Residuals to centroids
+are ColBERTv2's (arXiv 2112.01488), near-duplicates within a passage those of Clavié et al. (arXiv 2409.14683), who
+average them away. LOG.md has what else was measured.
 
-The dot product of a query token with a decoded token is a sum of look-ups: one for the centroid, one a part. Scores of
-32 query tokens lie side by side, so that a look-up serves them all by one instruction (kernels.py).
+The coarse codes alone order many passages, the fine ones the best of them (search.py); where the index keeps the vectors,
+they take the place of the fine codes. The dot product of a query token with a decoded token is a sum of look-ups: one for
+the centroid, one a part. Scores of 32 query tokens lie side by side, so that a look-up serves them all by one instruction
+(kernels.py).
 
-A passage of n representatives and f followers in bytes: centroids 2 n, parents f, norms n + f, codes M[0] n + M[1] f.
+A passage of n representatives and f followers in bytes. Coarse: centroids 2 n, norms n, codes M[0] n. Fine: norms n,
+parents f, norms f, codes M[1] n + M[2] f.
 """
 
 import math
@@ -27,25 +31,39 @@ from torch import Tensor
 
 import kernels
 from artifact import InputError
-from kernels import LANES, LARGEST_SCALE, NORM_LEAST, NORM_STEP
+from kernels import LANES, SCALE
 from ragged import neighbours
 
 BITS = (1, 2, 4, 8)
-BOOKS = ("representatives", "followers")
+BOOKS = ("coarse", "fine", "follower")
+OVERHEAD = 1.2  # bytes a token of centroids, offsets and sizes, in a collection of a few million tokens
 SIMILARITY = 0.85  # cosine from which a token may follow another
 MOST_CENTROIDS = 1 << 16  # what two bytes can name
 CODEWORDS = 256
 PER_CENTROID = 40  # embeddings that centroids are trained on; faiss warns under 39
+NORM_MARGIN = 1.02  # a byte of norm reaches so much beyond what was seen in training
 BOOK_SAMPLE = 30_000  # differences that the codewords are trained on
 BOOK_ITERATIONS, CENTROID_ITERATIONS = 10, 6
 ASSIGN_BLOCK = 512  # embeddings whose similarities to all centroids are in memory at a time
 ENCODE_TOKENS = 1 << 15  # embeddings that a thread encodes at a time
 
 
-def code_bytes(dim: int, bits: int) -> tuple[int, int]:
-    """Bytes (M) of a representative's code and of a follower's: about bits * dim / 8 a token, all told."""
-    sizes = (dim * bits // 8 + dim // 32, dim * bits // 8 - 3 * dim // 32)
-    return tuple(max(4, min(dim, size) // 4 * 4) for size in sizes)
+def code_bytes(dim: int, bits: int | None, share: float) -> tuple[int, int, int]:
+    """Bytes M of a representative's coarse code, of its fine one, and of a follower's, all even.
+
+    In all at most bits * dim / 8 + dim / 32 a token, lists and centroids among them, where `share` of the tokens are
+    representatives. Without bits there are coarse codes only.
+    """
+    even = lambda value, least: max(least, min(dim, int(value)) // 2 * 2)  # noqa: E731
+    coarse = even((2 if bits == 1 else 3) * dim / 32, 4)
+    if bits is None:
+        return coarse, 0, 0
+    budget = bits * dim / 8 + dim / 32 - OVERHEAD
+    follower = even(bits * dim / 8 - 3 * dim / 32, 2)
+    fine = even((budget - (1 - share) * (2 + follower)) / share - 6 - coarse, 2)
+    if share < 1:
+        follower = even((budget - share * (6 + coarse + fine)) / (1 - share) - 2, 2)
+    return coarse, fine, follower
 
 
 def default_nlist(n_embeddings: int, most: int | None = None) -> int:
@@ -62,83 +80,110 @@ def sample_passages(offsets: np.ndarray, wanted: int, seed: int) -> np.ndarray:
 
 
 class Tables(NamedTuple):
-    """What up to LANES query tokens score with the parts of a code; 1.0 is `scale`."""
+    """What up to LANES query tokens score with centroids and codewords, int16; 1.0 is SCALE."""
 
-    centroids: np.ndarray  # (C, LANES) int16
-    representatives: np.ndarray  # (M[0], 256, LANES) int8
-    followers: np.ndarray  # (M[1], 256, LANES) int8
-    scale: float
+    centroids: np.ndarray  # (C, LANES)
+    books: list[np.ndarray]  # (M, 256, LANES) each
+
+
+class Codes(NamedTuple):
+    """Compressed passages: coarse and fine bytes, one passage after the other, and sizes (n, 2) uint16.
+
+    A passage's sizes are how many representatives and how many followers it has.
+    """
+
+    coarse: np.ndarray
+    fine: np.ndarray
+    sizes: np.ndarray
 
 
 class Book(NamedTuple):
-    """A product quantiser: rotation (D, D), codewords (M, 256, d) and where each part begins, edges (M + 1,).
+    """A product quantiser: codewords (M, 256, d), and the columns (D,) of a vector in the order of the parts.
 
     Parts differ in size by one at most; codewords of a shorter part end in zeros.
     """
 
-    rotation: np.ndarray
     codewords: np.ndarray
-    edges: np.ndarray
+    columns: np.ndarray
 
     @classmethod
     def train(cls, vectors: np.ndarray, M: int, rng) -> "Book":
         """By k-means of each part of these vectors (n, D) fp32."""
-        edges = parts_of(vectors.shape[1], M)
-        rotation = as_saved(balanced_rotation(vectors, edges))
-        rotated, n = vectors @ rotation, len(vectors)
+        n, edges = len(vectors), parts_of(vectors.shape[1], M)
+        columns = deal((vectors**2).mean(0), edges)
+        vectors = np.ascontiguousarray(vectors[:, columns])
         codewords = np.zeros((M, CODEWORDS, np.diff(edges).max()), np.float32)
-        begin = rotated[rng.permutation(n)[:CODEWORDS] if n >= CODEWORDS else rng.integers(0, n, CODEWORDS)]
+        begin = vectors[rng.permutation(n)[:CODEWORDS] if n >= CODEWORDS else rng.integers(0, n, CODEWORDS)]
         for m in range(M):
             codewords[m, :, : edges[m + 1] - edges[m]] = begin[:, edges[m] : edges[m + 1]]
-        codes, rebuilt = np.empty((n, M), np.uint8), np.empty_like(rotated)
+        codes, rebuilt = np.empty((n, M), np.uint8), np.empty_like(vectors)
         for _ in range(BOOK_ITERATIONS):
-            kernels.quantise(rotated, codewords, edges, codes, rebuilt)
+            kernels.quantise(vectors, codewords, edges, codes, rebuilt)
             for m in range(M):
                 counts = np.bincount(codes[:, m], minlength=CODEWORDS)
                 for j in range(edges[m + 1] - edges[m]):
-                    column = rotated[:, edges[m] + j]
+                    column = vectors[:, edges[m] + j]
                     means = np.bincount(codes[:, m], column, CODEWORDS) / np.maximum(counts, 1)
                     codewords[m, :, j] = np.where(counts, means, column[rng.integers(0, n, CODEWORDS)])
-        return cls(rotation, as_saved(codewords), edges)
+        return cls(as_saved(codewords), columns)
+
+    @property
+    def edges(self) -> np.ndarray:
+        """Where each part begins among the columns, and the end of the last: (M + 1,)."""
+        return parts_of(len(self.columns), len(self.codewords))
 
     def encode(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Codes (n, M) uint8 of vectors (n, D) fp32, and what they decode to, (n, D)."""
         codes, rebuilt = np.empty((len(vectors), len(self.codewords)), np.uint8), np.empty_like(vectors)
-        kernels.quantise(vectors @ self.rotation, self.codewords, self.edges, codes, rebuilt)
-        return codes, rebuilt @ self.rotation.T
+        kernels.quantise(np.ascontiguousarray(vectors[:, self.columns]), self.codewords, self.edges, codes, rebuilt)
+        return codes, self._back(rebuilt)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Vectors (n, D) of codes (n, M)."""
         widths = np.diff(self.edges)
-        columns = [words[codes[:, m], : widths[m]] for m, words in enumerate(self.codewords)]
-        return np.concatenate(columns, 1) @ self.rotation.T
+        parts = [words[codes[:, m], : widths[m]] for m, words in enumerate(self.codewords)]
+        return self._back(np.concatenate(parts, 1))
 
-    def tables(self, query: Tensor) -> Tensor:
-        """Dot products (M, 256, Lq) of codewords with the parts of a query (Lq, D)."""
-        rotated, widths = query @ torch.from_numpy(self.rotation), np.diff(self.edges)[:, None]
-        # past the end of a shorter part any column will do: its codewords are 0 there
-        columns = self.edges[:-1, None] + np.minimum(np.arange(widths.max()), widths - 1)
-        parts = rotated.T[torch.from_numpy(columns)]  # (M, d, Lq)
-        return torch.bmm(torch.from_numpy(self.codewords), parts)
+    def _back(self, parts: np.ndarray) -> np.ndarray:
+        vectors = np.empty_like(parts)
+        vectors[:, self.columns] = parts
+        return vectors
+
+    def tables(self, query: np.ndarray) -> np.ndarray:
+        """Dot products (M, 256, LANES) int16 of codewords with the parts of a query (LANES, D)."""
+        tables = np.empty((len(self.codewords), CODEWORDS, LANES), np.int16)
+        kernels.fill_tables(self.codewords, self.edges, np.ascontiguousarray(query.T[self.columns]), tables)
+        return tables
 
 
 class Codec:
-    """Centroids (C, D) fp32, and a Book each for representatives and followers."""
+    """A rotation (D, D), centroids (C, D) fp32 as rotated, a Book each for coarse codes, fine ones and followers'.
 
-    def __init__(self, centroids: np.ndarray, books: list[Book], similarity: float):
-        self.centroids, self.books, self.similarity = centroids, books, similarity
-        self.M = np.array([len(book.codewords) for book in books])
+    norms (3, 2): the least factor that a byte of norm stands for, and the step to the next.
+    """
+
+    def __init__(self, rotation, centroids: np.ndarray, books: list[Book], norms: np.ndarray, similarity: float):
+        self.rotation, self.centroids, self.books = rotation, centroids, books
+        self.norms, self.similarity = norms, similarity
+        self.M = np.array([len(book.codewords) for book in books] + [0] * (len(BOOKS) - len(books)))
+
+    @property
+    def has_fine(self) -> bool:
+        """Whether there are fine codes, or coarse ones only."""
+        return len(self.books) > 1
 
     @classmethod
-    def train(cls, values, lengths, bits: int, nlist: int, seed: int, device="cpu", similarity=SIMILARITY) -> "Codec":
-        """Train on a sample of whole passages: values (T, D), lengths (n,).
+    def train(
+        cls, values, lengths, bits: int | None, nlist: int, seed: int, device="cpu", similarity=SIMILARITY
+    ) -> "Codec":
+        """Train on a sample of whole passages: values (T, D), lengths (n,); without bits there are coarse codes only.
 
         Raises InputError where the sample is too small for the centroids.
         """
         values, dim = np.asarray(values, np.float32), values.shape[1]
-        if bits not in BITS or dim % 4:
+        if bits not in (*BITS, None) or dim % 4:
             raise InputError(f"{bits} bits, dimension {dim}: give 1, 2, 4 or 8 bits, and a dimension that 4 divides")
-        rng, sizes = np.random.default_rng(seed), code_bytes(dim, bits)
+        rng = np.random.default_rng(seed)
         parents = find_parents(values, lengths, similarity)
         is_first = parents == np.arange(len(values))
         firsts = values[is_first]
@@ -146,32 +191,58 @@ class Codec:
             raise InputError(
                 f"{nlist} centroids from {len(firsts)} embeddings: at most so many, and {MOST_CENTROIDS}: lower --nlist"
             )
-        centroids = as_saved(kmeans(torch.from_numpy(firsts), nlist, rng, device).numpy())
+        M = code_bytes(dim, bits, len(firsts) / len(values))
+        centroids = kmeans(torch.from_numpy(firsts), nlist, rng, device).numpy()
         some = firsts[rng.permutation(len(firsts))[:BOOK_SAMPLE]]
         nearest = assign(torch.from_numpy(some), unit(torch.from_numpy(centroids)), device).numpy()
-        book = Book.train(some - centroids[nearest], sizes[0], rng)
+        rotation = as_saved(principal_directions(some - centroids[nearest]))
+        codec = cls(rotation, as_saved(centroids @ rotation), [], np.zeros((3, 2), np.float32), similarity)
+        some = some @ rotation
+        start = codec.centroids[codec._nearest(some, device)]
+        book, decoded = codec._add_book(some, start, M[0], rng)
+        if not bits:
+            return codec
+        codec._add_book(some, decoded, M[1], rng)
         followers = rng.permutation(np.flatnonzero(~is_first))[:BOOK_SAMPLE]
         if not len(followers):  # a sample without near-duplicates; something must stand there
             followers = parents[:1]
-        codec = cls(centroids, [book, book], similarity)
-        decoded = codec._encode_first(values[parents[followers]], device)[2]
-        return cls(centroids, [book, Book.train(values[followers] - decoded, sizes[1], rng)], similarity)
+        decoded = codec._encode_first(values[parents[followers]] @ rotation, device)[-1]
+        codec._add_book(values[followers] @ rotation, decoded, M[2], rng)
+        return codec
+
+    def _add_book(self, vectors: np.ndarray, start: np.ndarray, M: int, rng) -> tuple[Book, np.ndarray]:
+        """Train a book on the differences of vectors from where they start; returns it and what is decoded by it."""
+        book = Book.train(vectors - start, M, rng)
+        decoded = start + book.encode(vectors - start)[1]
+        factors = 1 / np.linalg.norm(decoded, axis=1)
+        least, most = factors.min() / NORM_MARGIN, factors.max() * NORM_MARGIN
+        self.norms[len(self.books)] = least, (most - least) / 255
+        self.books.append(book)
+        self.M[len(self.books) - 1] = M
+        return book, decoded
 
     def save(self, folder) -> None:
         """Write the arrays into a folder."""
-        np.save(Path(folder) / "centroids.npy", self.centroids.astype(np.float16))
-        for name, book in zip(BOOKS, self.books, strict=True):
-            np.save(Path(folder) / f"{name}_rotation.npy", book.rotation.astype(np.float16))
-            np.save(Path(folder) / f"{name}_codewords.npy", book.codewords.astype(np.float16))
-        np.save(Path(folder) / "similarity.npy", self.similarity)
+        folder = Path(folder)
+        np.save(folder / "rotation.npy", self.rotation.astype(np.float16))
+        np.save(folder / "centroids.npy", self.centroids.astype(np.float16))
+        np.save(folder / "norms.npy", self.norms)
+        np.save(folder / "similarity.npy", self.similarity)
+        for name, book in zip(BOOKS, self.books, strict=False):
+            np.save(folder / f"{name}_codewords.npy", book.codewords.astype(np.float16))
+            np.save(folder / f"{name}_columns.npy", book.columns.astype(np.uint16))
 
     @classmethod
     def load(cls, folder) -> "Codec":
         """Open what `save` wrote."""
-        read = lambda name: np.load(Path(folder) / f"{name}.npy").astype(np.float32)  # noqa: E731
-        parts = [(read(f"{name}_rotation"), read(f"{name}_codewords")) for name in BOOKS]
-        books = [Book(*pair, parts_of(len(pair[0]), len(pair[1]))) for pair in parts]
-        return cls(read("centroids"), books, float(np.load(Path(folder) / "similarity.npy")))
+        read = lambda name: np.load(Path(folder) / f"{name}.npy")  # noqa: E731
+        names = [name for name in BOOKS if (Path(folder) / f"{name}_columns.npy").is_file()]
+        books = [
+            Book(read(f"{name}_codewords").astype(np.float32), read(f"{name}_columns").astype(np.int64))
+            for name in names
+        ]
+        rotation, centroids = (read(name).astype(np.float32) for name in ("rotation", "centroids"))
+        return cls(rotation, centroids, books, read("norms"), float(read("similarity")))
 
     @cached_property
     def _unit(self) -> Tensor:
@@ -184,98 +255,128 @@ class Codec:
 
     # --------------------------------------------------------------------------------------------------------- encode
 
-    def encode(self, values: np.ndarray, lengths: np.ndarray, device="cpu") -> tuple[np.ndarray, np.ndarray]:
-        """Compress passages: values (T, D), lengths (n,); all threads take their share.
-
-        Returns their bytes one after the other (B,) uint8, and how many representatives and followers each has,
-        (n, 2) uint16; `passage_bytes` tells where each ends.
-        """
+    def encode(self, values: np.ndarray, lengths: np.ndarray, device="cpu") -> Codes:
+        """Compress passages: values (T, D), lengths (n,); all threads take their share."""
         if len(lengths) and lengths.max() >= kernels.LONGEST:
             raise InputError(f"a passage of {lengths.max()} tokens: at most {kernels.LONGEST - 1} can be compressed")
         if not len(lengths):
-            return np.zeros(0, np.uint8), np.zeros((0, 2), np.uint16)
+            return Codes(np.zeros(0, np.uint8), np.zeros(0, np.uint8), np.zeros((0, 2), np.uint16))
         offsets = np.append(0, np.cumsum(lengths))
 
-        def encode_block(block: slice) -> tuple[np.ndarray, np.ndarray]:
+        def encode_block(block: slice) -> Codes:
             part = values[offsets[block.start] : offsets[block.stop]]
             return self._encode(np.asarray(part, np.float32), lengths[block], device)
 
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
             parts = list(threads.map(encode_block, neighbours(lengths, ENCODE_TOKENS)))
-        return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return Codes(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
-    def _encode(self, values: np.ndarray, lengths: np.ndarray, device) -> tuple[np.ndarray, np.ndarray]:
+    def _encode(self, values: np.ndarray, lengths: np.ndarray, device) -> Codes:
         T, passage = len(values), np.repeat(np.arange(len(lengths)), lengths)
         parents = find_parents(values, lengths, self.similarity)
+        values = values @ self.rotation
         is_first = parents == np.arange(T)
         has_followers = np.zeros(T, bool)
         has_followers[parents[~is_first]] = True
         # in each passage: representatives that are followed, the other ones, followers
         order = np.lexsort((~has_followers, ~is_first, passage))
-        first_order, follower_order = order[is_first[order]], order[~is_first[order]]
-        nearest, codes, decoded = self._encode_first(values[first_order], device)
-        place = np.zeros(T, np.int64)
-        place[first_order] = np.arange(len(first_order))
-        parent = place[parents[follower_order]]  # (F,) among the representatives
-        differences = values[follower_order] - decoded[parent]
-        follower_codes, rebuilt = self.books[1].encode(differences)
-        rebuilt += decoded[parent]
-        norms = norm_bytes(decoded), norm_bytes(rebuilt)
-
-        n, f = (np.bincount(passage[kind], minlength=len(lengths)) for kind in (first_order, follower_order))
-        begins = np.cumsum(n) - n  # of each passage among the representatives
-        within = parent - begins[passage[follower_order]]
-        assert not len(within) or within.max() < kernels.MOST_PARENTS
+        firsts, followers = order[is_first[order]], order[~is_first[order]]
+        of_first, of_follower = passage[firsts], passage[followers]
+        n, f = (np.bincount(where, minlength=len(lengths)) for where in (of_first, of_follower))
         sizes = np.stack([n, f], 1).astype(np.uint16)
-        starts = np.concatenate([[0], np.cumsum(self.passage_bytes(sizes))])
-        data = np.empty(starts[-1], np.uint8)
-        of_first, of_follower = passage[first_order], passage[follower_order]
-        i = np.arange(len(of_first)) - begins[of_first]
-        j = np.arange(len(of_follower)) - (np.cumsum(f) - f)[of_follower]
-        pairs = nearest.astype("<u2").view(np.uint8).reshape(-1, 2)
-        put(data, starts[of_first] + 2 * i, pairs)
-        put(data, starts[of_follower] + 2 * n[of_follower] + j, within.astype(np.uint8)[:, None])
-        at = starts[:-1] + 2 * n + f
-        put(data, at[of_first] + i, norms[0][:, None])
-        put(data, (at + n)[of_follower] + j, norms[1][:, None])
-        at = at + n + f
-        put(data, at[of_first] + self.M[0] * i, codes)
-        put(data, (at + self.M[0] * n)[of_follower] + self.M[1] * j, follower_codes)
-        return data, sizes
+        i = np.arange(len(firsts)) - (np.cumsum(n) - n)[of_first]  # place among the passage's representatives
+        j = np.arange(len(followers)) - (np.cumsum(f) - f)[of_follower]
 
-    def _encode_first(self, values: np.ndarray, device) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Centroids (n,), codes (n, M[0]) and decoded vectors (n, D), not of unit length, of representatives."""
-        nearest = assign(torch.from_numpy(values), self._unit, device).numpy()
-        codes, rebuilt = self.books[0].encode(values - self.centroids[nearest])
-        return nearest, codes, rebuilt + self.centroids[nearest]
+        nearest, codes, fine_codes, coarse_decoded, decoded = self._encode_first(values[firsts], device)
+        starts = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(self.passage_bytes(sizes), 0)])
+        coarse, fine = (np.empty(size, np.uint8) for size in starts[-1])
+        at = starts[:-1, 0]
+        put(coarse, at[of_first] + 2 * i, nearest.astype("<u2").view(np.uint8).reshape(-1, 2))
+        put(coarse, (at + 2 * n)[of_first] + i, self._norm_bytes(0, coarse_decoded))
+        put(coarse, (at + 3 * n)[of_first] + self.M[0] * i, codes)
+        if self.has_fine:
+            place = np.zeros(T, np.int64)
+            place[firsts] = np.arange(len(firsts))
+            parent = place[parents[followers]]  # (F,) among all representatives
+            assert not len(parent) or i[parent].max() < kernels.MOST_PARENTS
+            follower_codes, rebuilt = self.books[2].encode(values[followers] - decoded[parent])
+            at = starts[:-1, 1]
+            put(fine, at[of_first] + i, self._norm_bytes(1, decoded))
+            put(fine, (at + n)[of_follower] + j, i[parent].astype(np.uint8)[:, None])
+            put(fine, (at + n + f)[of_follower] + j, self._norm_bytes(2, decoded[parent] + rebuilt))
+            at = at + n + 2 * f
+            put(fine, at[of_first] + self.M[1] * i, fine_codes)
+            put(fine, (at + self.M[1] * n)[of_follower] + self.M[2] * j, follower_codes)
+        return Codes(coarse, fine, sizes)
+
+    def _nearest(self, values: np.ndarray, device) -> np.ndarray:
+        return assign(torch.from_numpy(values), self._unit, device).numpy()
+
+    def _encode_first(self, values: np.ndarray, device) -> tuple[np.ndarray, ...]:
+        """Of representatives: centroids (n,), coarse and fine codes, vectors decoded coarsely and finely (n, D).
+
+        Decoded vectors are not of unit length yet.
+        """
+        nearest = self._nearest(values, device)
+        start = self.centroids[nearest]
+        codes, rebuilt = self.books[0].encode(values - start)
+        coarse = start + rebuilt
+        if not self.has_fine:
+            return nearest, codes, None, coarse, coarse
+        fine_codes, rebuilt = self.books[1].encode(values - coarse)
+        return nearest, codes, fine_codes, coarse, coarse + rebuilt
+
+    def _norm_bytes(self, book: int, decoded: np.ndarray) -> np.ndarray:
+        """The byte (n, 1) of the factor that brings each vector nearest to unit length."""
+        factors, (least, step) = 1 / np.maximum(np.linalg.norm(decoded, axis=1), 1e-6), self.norms[book]
+        return np.clip(np.round((factors - least) / step), 0, 255).astype(np.uint8)[:, None]
 
     def passage_bytes(self, sizes: np.ndarray) -> np.ndarray:
-        """Bytes (n,) of passages of these sizes (n, 2)."""
-        return sizes.astype(np.int64) @ (self.M + np.array([3, 2]))
+        """Coarse and fine bytes (n, 2) of passages of these sizes (n, 2)."""
+        n, f = sizes.T.astype(np.int64)
+        fine = (self.M[1] + 1) * n + (self.M[2] + 2) * f
+        return np.stack([(self.M[0] + 3) * n, fine if self.has_fine else 0 * n], 1)
 
     # --------------------------------------------------------------------------------------------------------- decode
 
-    def decode(self, data: np.ndarray, size: np.ndarray) -> np.ndarray:
-        """Unit vectors (T, D) fp32 of one passage of `size` (2,), representatives first; the plain way back."""
+    def decode(self, coarse: np.ndarray, fine: np.ndarray, size: np.ndarray) -> np.ndarray:
+        """Unit vectors (T, D) fp32 of one passage of `size` (2,), representatives first; the plain way back.
+
+        Without fine codes, of its representatives only.
+        """
         n, f = map(int, size)
-        parts = np.split(data, np.cumsum([2 * n, f, n, f, self.M[0] * n]))
-        centroids = parts[0].copy().view("<u2").astype(np.int64)
-        firsts = self.centroids[centroids] + self.books[0].decode(parts[4].reshape(n, self.M[0]))
-        followers = firsts[parts[1]] + self.books[1].decode(parts[5].reshape(f, self.M[1]))
-        factors = NORM_LEAST + NORM_STEP * np.concatenate([parts[2], parts[3]]).astype(np.float32)
-        return np.concatenate([firsts, followers]) * factors[:, None]
+        centroids, norms, codes = np.split(coarse, [2 * n, 3 * n])
+        vectors = self.centroids[centroids.copy().view("<u2").astype(np.int64)]
+        vectors = vectors + self.books[0].decode(codes.reshape(n, self.M[0]))
+        if self.has_fine:
+            parts = np.split(fine, np.cumsum([n, f, f, self.M[1] * n]))
+            vectors += self.books[1].decode(parts[3].reshape(n, self.M[1]))
+            followers = vectors[parts[1]] + self.books[2].decode(parts[4].reshape(f, self.M[2]))
+            factors = np.concatenate([self._factors(1)[parts[0]], self._factors(2)[parts[2]]])
+            vectors = np.concatenate([vectors, followers]) * factors[:, None]
+        else:
+            vectors *= self._factors(0)[norms][:, None]
+        return vectors @ self.rotation.T
+
+    def _factors(self, book: int) -> np.ndarray:
+        """What each byte of norm stands for (256,)."""
+        return self.norms[book, 0] + self.norms[book, 1] * np.arange(256)
 
     # ---------------------------------------------------------------------------------------------------------- score
 
+    @cached_property
+    def factors(self) -> np.ndarray:
+        """Factors of norms as kernels.scaled_max takes them, (3, 256) int64."""
+        return np.stack([self._factors(book) * kernels.FACTOR for book in range(3)]).round().astype(np.int64)
+
     def tables(self, query: Tensor) -> Tables:
         """Look-up tables of up to LANES query tokens, (Lq, D) fp32."""
-        padded = torch.zeros(LANES, self.dim)
-        padded[: len(query)] = query
-        products = torch.from_numpy(self.centroids) @ padded.T  # (C, LANES)
-        parts = [book.tables(padded) for book in self.books]
-        scale = min(LARGEST_SCALE, 127 / max(1e-6, *(float(part.abs().max()) for part in parts)))
-        tables = (part.mul_(scale).round_().to(torch.int8).numpy() for part in parts)
-        return Tables(products.mul_(scale).round_().to(torch.int16).numpy(), *tables, scale)
+        padded = np.zeros((LANES, self.dim), np.float32)
+        padded[: len(query)] = query.numpy() @ self.rotation
+        products = (torch.from_numpy(self.centroids) @ torch.from_numpy(SCALE * padded).T).numpy()
+        centroids = np.empty(products.shape, np.int16)
+        kernels.round_into(products, centroids)
+        return Tables(centroids, [book.tables(SCALE * padded) for book in self.books])
 
 
 def as_saved(array: np.ndarray) -> np.ndarray:
@@ -283,9 +384,13 @@ def as_saved(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float16).astype(np.float32)
 
 
-def balanced_rotation(vectors: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Principal directions (D, D) of vectors (n, D), dealt out to parts, largest first: like products of variances."""
-    variances, directions = np.linalg.eigh(vectors.T @ vectors / len(vectors))
+def principal_directions(vectors: np.ndarray) -> np.ndarray:
+    """Principal directions (D, D) of vectors (n, D), as columns, the largest first."""
+    return np.linalg.eigh(vectors.T @ vectors / len(vectors))[1][:, ::-1].astype(np.float32)
+
+
+def deal(variances: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Columns (D,) dealt out to parts, the largest variance first, so that parts have like products of variances."""
     logs = np.log(np.maximum(variances, 1e-9 + 1e-6 * variances.max()))
     logs -= logs.min()
     parts, totals, room = [[] for _ in edges[1:]], np.zeros(len(edges) - 1), np.diff(edges)
@@ -294,7 +399,7 @@ def balanced_rotation(vectors: np.ndarray, edges: np.ndarray) -> np.ndarray:
         parts[part].append(j)
         totals[part] += logs[j]
         room[part] -= 1
-    return directions[:, np.concatenate(parts)].astype(np.float32)
+    return np.concatenate(parts).astype(np.int64)
 
 
 def parts_of(dim: int, M: int) -> np.ndarray:
@@ -305,12 +410,6 @@ def parts_of(dim: int, M: int) -> np.ndarray:
 def put(data: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
     """Write row i of rows (n, w) to data[starts[i] : starts[i] + w]."""
     data[starts[:, None] + np.arange(rows.shape[1])] = rows
-
-
-def norm_bytes(decoded: np.ndarray) -> np.ndarray:
-    """The byte (n,) of the factor that brings each vector nearest to unit length."""
-    factors = 1 / np.maximum(np.linalg.norm(decoded, axis=1), 1e-6)
-    return np.clip(np.round((factors - NORM_LEAST) / NORM_STEP), 0, 255).astype(np.uint8)
 
 
 def find_parents(values: np.ndarray, lengths: np.ndarray, similarity: float) -> np.ndarray:

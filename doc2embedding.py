@@ -69,9 +69,9 @@ def embed_part(model: ColBERT, passages: Ragged, start: int, stop: int, folder: 
     offsets = np.load(folder / "offsets.npy", mmap_mode="r")[start : stop + 1]
     assert np.array_equal(counts, np.diff(offsets)), "kept tokens differ from the layout"
     if args.bits:
-        data, sizes = Codec.load(folder / "codec").encode(embeddings, counts, model.device)
-        np.save(folder / "parts" / f"{number}.data.npy", data)
-        np.save(folder / "parts" / f"{number}.sizes.npy", sizes)
+        codes = Codec.load(folder / "codec").encode(embeddings, counts, model.device)
+        for name, array in codes._asdict().items():
+            np.save(folder / "parts" / f"{number}.{name}.npy", array)
     else:
         values = np.load(folder / "values.npy", mmap_mode="r")
         with open(folder / "values.npy", "r+b") as file:

@@ -1,9 +1,9 @@
 """Loops over single tokens, compiled by numba: no matrix product does their work. Everything here is called by codec.py
 and search.py; all release the GIL, so that threads may share the work.
 
-Scores of a token with LANES query tokens are one vector of 16-bit integers; to add a row of a look-up table, of 8-bit
-ones, takes two instructions. numba would add them one by one; `add_rows` and `scaled_max` say in LLVM's terms what is
-meant. The tables of a query have a `scale`, what 1.0 is in them; after `scaled_max` it is scale * FINAL.
+Scores of a token with LANES query tokens are one vector of 16-bit integers, and so is a row of a look-up table. numba
+would add them one by one; `add_rows` and `scaled_max` say in LLVM's terms what is meant. SCALE is what 1.0 is in the
+tables; after `scaled_max` it is FINAL.
 """
 
 import numpy as np
@@ -13,23 +13,21 @@ from numba.extending import intrinsic
 
 LANES = 32  # query tokens scored at a time
 ROW = 2 * LANES  # bytes of their scores
-LARGEST_SCALE = 6000  # so that scores of 1.5 still fit after `scaled_max`
-NORM_STEP, NORM_LEAST = 1 / 128, 0.5  # a norm's byte b stands for the factor NORM_LEAST + b * NORM_STEP
-FACTOR = 3 << 12  # a factor of 1.0 in 16 bits: 2.49, the largest, still fits
+SCALE = 8000  # so that similarities of 1.3 still fit after `scaled_max`
+FACTOR = 3 << 12  # a factor of 1.0 in 16 bits
 SHIFT = 12
-FINAL = FACTOR / (1 << SHIFT)
+FINAL = SCALE * FACTOR / (1 << SHIFT)
 LONGEST = 1 << 10  # tokens of a passage
 MOST_PARENTS = 256  # representatives that a byte can name
 
 _I8, _I16, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(64)
-_BYTES = ir.VectorType(_I8, LANES)
 _VECTOR, _WIDE = ir.VectorType(_I16, LANES), ir.VectorType(ir.IntType(32), LANES)
 _address, _int = types.intp, types.int64
 
 
-def _load_row(builder, address, kind=_VECTOR):
-    row = builder.load(builder.inttoptr(address, kind.as_pointer()))
-    row.align = kind.element.width // 8
+def _load_row(builder, address):
+    row = builder.load(builder.inttoptr(address, _VECTOR.as_pointer()))
+    row.align = 2
     return row
 
 
@@ -39,7 +37,7 @@ def _store_row(builder, row, address):
 
 @intrinsic
 def add_rows(typing, base, tables, codes, n, target):
-    """target[:] = base[:] + sum over m < n of tables[m, codes[m], :]; addresses, n a multiple of 4."""
+    """target[:] = base[:] + sum over m < n of tables[m, codes[m], :]; addresses, n even and above 0."""
 
     def generate(context, builder, signature, args):
         base, tables, codes, n, target = args
@@ -52,13 +50,12 @@ def add_rows(typing, base, tables, codes, n, target):
         m.add_incoming(constant(0), start)
         row.add_incoming(total, start)
         total = row
-        for step in range(4):
+        for step in range(2):
             at = builder.add(m, constant(step))
             code = builder.load(builder.inttoptr(builder.add(codes, at), _I8.as_pointer()))
             index = builder.add(builder.shl(at, constant(8)), builder.zext(code, _I64))
-            entry = _load_row(builder, builder.add(tables, builder.mul(index, constant(LANES))), _BYTES)
-            total = builder.add(total, builder.sext(entry, _VECTOR))
-        following = builder.add(m, constant(4))
+            total = builder.add(total, _load_row(builder, builder.add(tables, builder.mul(index, constant(ROW)))))
+        following = builder.add(m, constant(2))
         m.add_incoming(following, loop)
         row.add_incoming(total, loop)
         builder.cbranch(builder.icmp_signed("<", following, n), loop, end)
@@ -105,60 +102,106 @@ def prefetch(typing, address):
 
 
 @njit(nogil=True, cache=True)
-def score_passages(rows, data, offsets, sizes, M, centroids, tables, follower_tables, scores):
-    """Add the MaxSim of passages `rows` (n,) with up to LANES query tokens to scores (n,) int32; see `scale` above.
+def score_centroids(rows, coarse, offsets, sizes, centroids, scores):
+    """Add the MaxSim of passages `rows` (n,) with up to LANES query tokens to scores (n,) int32, by centroids alone.
 
-    data, offsets, sizes: as codec.Codec.encode writes them. M: bytes of a representative's code and of a follower's.
-    centroids (C, LANES) int16, tables (M[0], 256, LANES) and follower_tables (M[1], 256, LANES) int8.
+    coarse, offsets (N + 1, 2), sizes (N, 2): as codec.Codec.encode and passage_bytes say; centroids (C, LANES) int16.
     """
-    found = np.empty((LONGEST, LANES), np.int16)
     best = np.empty(LANES, np.int16)
+    for i in range(len(rows)):
+        start = offsets[rows[i], 0]
+        best[:] = -32768
+        for at in range(start, start + 2 * np.int64(sizes[rows[i], 0]), 2):
+            centroid = np.int64(coarse[at]) + 256 * np.int64(coarse[at + 1])
+            scaled_max(best.ctypes.data, centroids.ctypes.data + centroid * ROW, FACTOR)
+        for lane in range(LANES):
+            scores[i] += best[lane]
+
+
+@njit(nogil=True, cache=True)
+def score_coarse(rows, coarse, offsets, sizes, M, centroids, table, factors, scores):
+    """As score_centroids, by the coarse codes: table (M[0], 256, LANES) int16, factors (256,) of norms."""
+    best, row = np.empty(LANES, np.int16), np.empty(LANES, np.int16)
+    best_at, row_at = best.ctypes.data, row.ctypes.data
+    for i in range(len(rows)):
+        if i + 1 < len(rows):
+            fetch(coarse, offsets[rows[i + 1], 0], offsets[rows[i + 1] + 1, 0])
+        n, start = np.int64(sizes[rows[i], 0]), offsets[rows[i], 0]
+        codes_at = coarse.ctypes.data + start + 3 * n
+        best[:] = -32768
+        for t in range(n):
+            centroid = np.int64(coarse[start + 2 * t]) + 256 * np.int64(coarse[start + 2 * t + 1])
+            add_rows(centroids.ctypes.data + centroid * ROW, table.ctypes.data, codes_at, M[0], row_at)
+            scaled_max(best_at, row_at, factors[coarse[start + 2 * n + t]])
+            codes_at += M[0]
+        for lane in range(LANES):
+            scores[i] += best[lane]
+
+
+@njit(nogil=True, cache=True)
+def score_fine(rows, coarse, fine, offsets, sizes, M, centroids, tables, fine_tables, follower_tables, factors, scores):
+    """As score_coarse, by all codes of representatives and followers; factors (3, 256)."""
+    found, best = np.empty((LONGEST, LANES), np.int16), np.empty(LANES, np.int16)
     row_of, best_at = found.ctypes.data, best.ctypes.data
     follower_at = row_of + (LONGEST - 1) * ROW
     for i in range(len(rows)):
-        passage = rows[i]
         if i + 1 < len(rows):
-            for at in range(offsets[rows[i + 1]], offsets[rows[i + 1] + 1], 64):
-                prefetch(data.ctypes.data + at)
+            fetch(coarse, offsets[rows[i + 1], 0], offsets[rows[i + 1] + 1, 0])
+            fetch(fine, offsets[rows[i + 1], 1], offsets[rows[i + 1] + 1, 1])
+        passage = rows[i]
         n, followers = np.int64(sizes[passage, 0]), np.int64(sizes[passage, 1])
-        centroid_at = data.ctypes.data + offsets[passage]
-        codes_at = centroid_at + 3 * n + 2 * followers  # after centroids (2), parents (1) and norms (1 each)
-        parents, norms = offsets[passage] + 2 * n, offsets[passage] + 2 * n + followers
+        start, norms = offsets[passage, 0], offsets[passage, 1]
+        codes_at = coarse.ctypes.data + start + 3 * n
+        fine_at = fine.ctypes.data + norms + n + 2 * followers  # after norms, parents and their norms
         best[:] = -32768
         for t in range(n):
-            at = offsets[passage] + 2 * t
-            centroid = np.int64(data[at]) + 256 * np.int64(data[at + 1])
+            centroid = np.int64(coarse[start + 2 * t]) + 256 * np.int64(coarse[start + 2 * t + 1])
             token_at = row_of + t * ROW
             add_rows(centroids.ctypes.data + centroid * ROW, tables.ctypes.data, codes_at, M[0], token_at)
-            scaled_max(best_at, token_at, factor_of(data[norms + t]))
+            add_rows(token_at, fine_tables.ctypes.data, fine_at, M[1], token_at)
+            scaled_max(best_at, token_at, factors[1, fine[norms + t]])
             codes_at += M[0]
+            fine_at += M[1]
         for t in range(followers):
-            parent_at = row_of + np.int64(data[parents + t]) * ROW
-            add_rows(parent_at, follower_tables.ctypes.data, codes_at, M[1], follower_at)
-            scaled_max(best_at, follower_at, factor_of(data[norms + n + t]))
-            codes_at += M[1]
+            parent_at = row_of + np.int64(fine[norms + n + t]) * ROW
+            add_rows(parent_at, follower_tables.ctypes.data, fine_at, M[2], follower_at)
+            scaled_max(best_at, follower_at, factors[2, fine[norms + n + followers + t]])
+            fine_at += M[2]
         for lane in range(LANES):
             scores[i] += best[lane]
 
 
 @njit(inline="always")
-def factor_of(norm):
-    """The 16-bit factor of a norm's byte."""
-    return np.int64((NORM_LEAST + norm * NORM_STEP) * FACTOR)
+def fetch(data, start, stop):
+    """Prefetch data[start:stop], bytes."""
+    for at in range(start, stop, 64):
+        prefetch(data.ctypes.data + at)
+
+
+@njit(nogil=True, cache=True, fastmath=True)
+def fill_tables(codewords, edges, query, tables):
+    """Dot products of codewords with a query, rounded: tables (M, 256, LANES) int16.
+
+    codewords (M, 256, d), of which part m uses edges[m + 1] - edges[m] columns; query (D, LANES) fp32.
+    """
+    row = np.empty(LANES, np.float32)
+    for m in range(len(codewords)):
+        for k in range(codewords.shape[1]):
+            row[:] = np.float32(32768.5)  # what is cut off is then rounded
+            for j in range(edges[m + 1] - edges[m]):
+                value = codewords[m, k, j]
+                for lane in range(LANES):
+                    row[lane] += value * query[edges[m] + j, lane]
+            for lane in range(LANES):
+                tables[m, k, lane] = np.int16(np.int32(row[lane]) - 32768)
 
 
 @njit(nogil=True, cache=True)
-def score_centroids(rows, data, offsets, sizes, centroids, scores):
-    """As score_passages, of the centroids alone."""
-    best = np.empty(LANES, np.int16)
-    for i in range(len(rows)):
-        start = offsets[rows[i]]
-        best[:] = -32768
-        for at in range(start, start + 2 * np.int64(sizes[rows[i], 0]), 2):
-            centroid = np.int64(data[at]) + 256 * np.int64(data[at + 1])
-            scaled_max(best.ctypes.data, centroids.ctypes.data + centroid * ROW, FACTOR)
+def round_into(values, rounded):
+    """The nearest 16-bit integers of values (C, LANES) fp32."""
+    for i in range(len(values)):
         for lane in range(LANES):
-            scores[i] += best[lane]
+            rounded[i, lane] = np.int16(np.int32(values[i, lane] + np.float32(32768.5)) - 32768)
 
 
 @njit(nogil=True, cache=True)

@@ -4,8 +4,8 @@ A query goes through four steps, each cheaper and coarser than the next:
  1. probe: for each query token, the passages of the `nprobe` lists nearest to it; what a passage promises is the sum of
     its lists' similarities, a token that found nothing of it counting as its last list (as in WARP, arXiv 2501.17788);
  2. the first `n_centroids` of them by MaxSim with the centroids alone (PLAID's centroid interaction, arXiv 2205.09707);
- 3. the first `n_codes` of these by MaxSim with the decoded tokens, as look-ups, nothing is decoded (kernels.py);
- 4. the first `n_exact` of these by exact MaxSim, where the index keeps the fp16 vectors.
+ 3. the first `n_coarse` of these by MaxSim with the coarse codes, as look-ups, nothing is decoded (kernels.py);
+ 4. the first `n_fine` of these by MaxSim with all codes, or exactly, where the index keeps the fp16 vectors.
 
 An index is a list of segments that never change, and state.json, which names them and what is deleted in them: a
 change writes new files first, and replaces state.json last. Whoever has the index open goes on with what it opened.
@@ -29,8 +29,8 @@ from torch import Tensor
 
 import kernels
 from artifact import InputError, link, write_json
-from codec import Codec, Tables
-from kernels import FINAL, LANES
+from codec import Codec, Codes, Tables
+from kernels import FINAL, LANES, SCALE
 from maxsim import maxsim_packed
 from ragged import Ids, IdWriter, NpyWriter, Ragged, neighbours, ranges
 
@@ -48,13 +48,13 @@ class Effort(NamedTuple):
 
     nprobe: int
     n_centroids: int
-    n_codes: int
-    n_exact: int
+    n_coarse: int
+    n_fine: int
 
 
 QUALITY = {
     "fast": Effort(8, 1024, 256, 64),
-    "default": Effort(32, 4096, 2048, 256),
+    "default": Effort(32, 4096, 1024, 256),
     "best": Effort(64, 16384, 8192, 1024),
 }
 
@@ -68,29 +68,31 @@ class SegmentWriter:
     def __init__(self, folder, codec: Codec, keep_vectors: bool):
         self.folder, self.codec = Path(folder), codec
         self.folder.mkdir(parents=True)
-        self.data = NpyWriter(self.folder / "data.npy", np.uint8)
+        self.coarse, self.fine = (NpyWriter(self.folder / f"{name}.npy", np.uint8) for name in ("coarse", "fine"))
         self.sizes = NpyWriter(self.folder / "sizes.npy", np.uint16, (2,))
         self.lists = NpyWriter(self.folder / "lists.npy", np.uint16)
         self.starts = NpyWriter(self.folder / "starts.npy", np.int64, (len(codec.centroids) + 1,))
-        self.offsets = NpyWriter(self.folder / "offsets.npy", np.int64)
-        self.offsets.append(np.zeros(1, np.int64))
+        self.offsets = NpyWriter(self.folder / "offsets.npy", np.int64, (2,))
+        self.offsets.append(np.zeros((1, 2), np.int64))
         self.pids = IdWriter(self.folder / "pids.npy")
         self.vectors = NpyWriter(self.folder / "vectors.npy", np.float16, (codec.dim,)) if keep_vectors else None
         self.pending: list[np.ndarray] = []  # centroids and passages of the block that is not full yet
         self.n = 0
 
-    def append(self, data: np.ndarray, sizes: np.ndarray, pids: list[str], vectors=None) -> None:
-        """Compressed passages, as Codec.encode gives them, their ids, and their vectors if they are kept."""
+    def append(self, codes: Codes, pids: list[str], vectors=None) -> None:
+        """Compressed passages, their ids, and their vectors if they are kept."""
+        coarse, fine, sizes = codes
         self.pids.append(pids)
-        self.data.append(data)
         if self.vectors is not None:
             self.vectors.append(vectors)
-        ends = self.codec.passage_bytes(sizes).cumsum()
-        self.offsets.append(self.data.n_rows - len(data) + ends)
+        ends = self.codec.passage_bytes(sizes).cumsum(0)
+        self.offsets.append(np.array([self.coarse.n_rows, self.fine.n_rows]) + ends)
+        self.coarse.append(coarse)
+        self.fine.append(fine)
         self.sizes.append(sizes)
         first = sizes[:, 0].astype(np.int64)
-        pairs = ranges(np.concatenate([[0], ends[:-1]]), 2 * first) if len(sizes) else np.zeros(0, np.int64)
-        centroids = data[pairs].view("<u2").astype(np.int64)
+        pairs = ranges(np.concatenate([[0], ends[:-1, 0]]), 2 * first) if len(sizes) else np.zeros(0, np.int64)
+        centroids = coarse[pairs].view("<u2").astype(np.int64)
         passages = np.repeat(self.n + np.arange(len(sizes)), first)
         self.n += len(sizes)
         self.pending.append(np.stack([centroids, passages]))
@@ -111,7 +113,7 @@ class SegmentWriter:
     def close(self) -> None:
         if self.n > self.starts.n_rows * BLOCK:
             self._write_lists()
-        for writer in (self.data, self.sizes, self.lists, self.starts, self.offsets, self.pids, self.vectors):
+        for writer in (self.coarse, self.fine, self.sizes, self.lists, self.starts, self.offsets, self.pids, self.vectors):
             if writer is not None:
                 writer.close()
 
@@ -124,8 +126,8 @@ class Segment:
 
     def __init__(self, folder, alive: str | None, first_row: int):
         self.folder, self.first_row = Path(folder), first_row
-        names = ("data", "offsets", "sizes", "lists", "starts")
-        self.data, self.offsets, self.sizes, self.lists, self.starts = (self._load(name) for name in names)
+        self.coarse, self.fine, self.offsets = (self._load(name) for name in ("coarse", "fine", "offsets"))
+        self.sizes, self.lists, self.starts = (self._load(name) for name in ("sizes", "lists", "starts"))
         self.pids = Ids(self.folder / "pids.npy")
         self._alive = np.load(self.folder / alive) if alive else None
         self.vectors = None
@@ -209,39 +211,36 @@ class CompressedIndex:
     def search(self, query: Tensor, k: int, effort: Effort, allowed: np.ndarray | None = None) -> Ranking:
         """The k best rows for a query (Lq, D) fp32, and their scores; allowed (n,) bool: rows that may be found."""
         query, tables = self._prepare(query)
-        n_codes = max(effort.n_codes, 2 * k)
-        n_centroids = max(effort.n_centroids, n_codes)
+        n_coarse = max(effort.n_coarse, 4 * k)
+        n_centroids = max(effort.n_centroids, n_coarse)
         if allowed is not None and allowed.sum() <= n_centroids:
             rows = np.flatnonzero(allowed & self.alive())
         else:
             rows = self._probe(query, tables, effort.nprobe, n_centroids, allowed)
-        if len(rows) > n_codes:
-            rows = rows[highest(self._scores(rows, tables, codes=False), n_codes)]
-        return self._finish(query, tables, rows, k, effort.n_exact)
+        if len(rows) > n_coarse:
+            rows = rows[highest(self._scores("centroids", rows, tables), n_coarse)]
+        return self._finish(query, tables, rows, k, effort.n_fine)
 
-    def rank(self, query: Tensor, rows: np.ndarray, k: int, n_exact: int | None = None) -> Ranking:
-        """The k best of the given rows, in order; n_exact: how many are scored exactly, by default all."""
+    def rank(self, query: Tensor, rows: np.ndarray, k: int, n_fine: int | None = None) -> Ranking:
+        """The k best of the given rows, in order; n_fine: how many go through the last step, by default all."""
         query, tables = self._prepare(query)
-        return self._finish(query, tables, rows, k, len(rows) if n_exact is None else n_exact)
+        return self._finish(query, tables, rows, k, len(rows) if n_fine is None else n_fine)
 
     def _prepare(self, query: Tensor) -> tuple[Tensor, list[Tables]]:
         query = query[query.any(1)]  # rows of zeros pad a query: they score 0 everywhere
         return query, [self.codec.tables(part) for part in query.split(LANES)]
 
-    def _finish(self, query: Tensor, tables, rows: np.ndarray, k: int, n_exact: int) -> Ranking:
+    def _finish(self, query: Tensor, tables, rows: np.ndarray, k: int, n_fine: int) -> Ranking:
         """Steps 3 and 4."""
-        if not self.keeps_vectors:
-            scores = self._scores(rows, tables)
-        else:
-            n_exact = max(n_exact, 2 * k)
-            if len(rows) > n_exact:
-                rows = rows[highest(self._scores(rows, tables), n_exact)]
-            scores = self._exact(query, rows)
+        n_fine = max(n_fine, 2 * k)
+        if len(rows) > n_fine:
+            rows = rows[highest(self._scores("coarse", rows, tables), n_fine)]
+        scores = self._exact(query, rows) if self.keeps_vectors else self._scores("fine", rows, tables)
         return top(rows, scores, k)
 
     def _probe(self, query: Tensor, tables, nprobe: int, n: int, allowed: np.ndarray | None) -> np.ndarray:
         """Step 1: the n most promising rows, in order."""
-        parts = [table.centroids.T / np.float32(table.scale) for table in tables]
+        parts = [table.centroids.T / np.float32(SCALE) for table in tables]
         similarities = torch.from_numpy(np.concatenate(parts)[: len(query)])  # (Lq, C)
         values, probes = similarities.topk(min(nprobe, similarities.shape[1]))
         gains, probes = ((values - values[:, -1:]) * PROMISE).int().numpy() + 1, probes.numpy()
@@ -261,20 +260,21 @@ class CompressedIndex:
                 rows, promises = rows[best], promises[best]
         return np.sort(rows)
 
-    def _scores(self, rows: np.ndarray, tables: list[Tables], codes: bool = True) -> np.ndarray:
-        """Steps 2 and 3: MaxSim (n,) of rows in order, by their codes or by their centroids alone."""
-        scores = np.zeros(len(rows), np.float32)
+    def _scores(self, step: str, rows: np.ndarray, tables: list[Tables]) -> np.ndarray:
+        """Steps 2, 3 and 4: MaxSim (n,) of rows in order, by "centroids", "coarse" or "fine" codes."""
+        scores, codec = np.zeros(len(rows), np.int32), self.codec
         for segment, part in self.parts(rows):
-            arrays = (rows[part] - segment.first_row, segment.data, segment.offsets, segment.sizes)
+            local, found, files = rows[part] - segment.first_row, scores[part], (segment.offsets, segment.sizes)
             for table in tables:
-                found = np.zeros(part.stop - part.start, np.int32)
-                if codes:
-                    parts = (table.centroids, table.representatives, table.followers)
-                    kernels.score_passages(*arrays, self.codec.M, *parts, found)
+                if step == "centroids":
+                    kernels.score_centroids(local, segment.coarse, *files, table.centroids, found)
+                elif step == "coarse":
+                    what = (codec.M, table.centroids, table.books[0], codec.factors[0], found)
+                    kernels.score_coarse(local, segment.coarse, *files, *what)
                 else:
-                    kernels.score_centroids(*arrays, table.centroids, found)
-                scores[part] += found / np.float32(FINAL * table.scale)
-        return scores
+                    what = (codec.M, table.centroids, *table.books, codec.factors, found)
+                    kernels.score_fine(local, segment.coarse, segment.fine, *files, *what)
+        return scores / np.float32(FINAL)
 
     def _exact(self, query: Tensor, rows: np.ndarray) -> np.ndarray:
         """Step 4: exact MaxSim (n,) of rows in order."""
@@ -357,15 +357,15 @@ def _remove_leftovers(folder: Path, state: dict) -> None:
 
 
 def create(folder, codec: Codec, blocks: Iterable, vectors=None) -> None:
-    """Write codec, state and a first segment of compressed blocks (data, sizes, pids) into an empty folder.
+    """Write codec, state and a first segment of compressed blocks (codes, pids) into an empty folder.
 
     vectors: the .npy file of all values, to be linked and kept.
     """
     folder = Path(folder)
     codec.save(folder)
     writer = SegmentWriter(folder / "segments" / "1", codec, keep_vectors=False)
-    for data, sizes, pids in blocks:
-        writer.append(data, sizes, pids)
+    for codes, pids in blocks:
+        writer.append(codes, pids)
     writer.close()
     if vectors is not None:
         link(Path(vectors), writer.folder / "vectors.npy")
@@ -385,7 +385,7 @@ def add(folder, blocks: Iterable) -> int:
                 if row >= 0 or pid in taken:
                     raise InputError(f"{folder}: has a passage {pid} already: delete it first, or leave it out")
                 taken.add(pid)
-            writer.append(*index.codec.encode(values, lengths), pids, values)
+            writer.append(index.codec.encode(values, lengths), pids, values)
         writer.close()
         if writer.n:
             state["segments"].append({"name": name, "alive": None})
@@ -418,10 +418,13 @@ def compact(folder) -> int:
         for segment in index.segments:
             alive = np.flatnonzero(segment.mask())
             for rows in np.array_split(alive, math.ceil(len(alive) / COMPACT_PASSAGES) or 1):
-                starts, ends = segment.offsets[rows], segment.offsets[rows + 1]
-                data = segment.data[ranges(starts, ends - starts)]
+                starts, lengths = segment.offsets[rows].T, (segment.offsets[rows + 1] - segment.offsets[rows]).T
+                coarse, fine = (
+                    data[ranges(*where)]
+                    for data, *where in zip((segment.coarse, segment.fine), starts, lengths, strict=True)
+                )
                 vectors = segment.vectors.gather(rows)[0] if index.keeps_vectors else None
-                writer.append(data, segment.sizes[rows], segment.pids.text(rows), vectors)
+                writer.append(Codes(coarse, fine, segment.sizes[rows]), segment.pids.text(rows), vectors)
         writer.close()
         state["segments"] = [{"name": name, "alive": None}]
     return writer.n

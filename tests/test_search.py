@@ -41,7 +41,7 @@ def make_index(folder: Path, codec: Codec, *blocks, vectors: bool = False) -> Pa
     if vectors:
         kept = folder / "values.npy"
         np.save(kept, np.concatenate([values for values, _, _ in blocks]))
-    create(folder, codec, ((*codec.encode(*part[:2]), part[2]) for part in blocks), kept)
+    create(folder, codec, ((codec.encode(*part[:2]), part[2]) for part in blocks), kept)
     return folder
 
 
@@ -50,7 +50,7 @@ def brute_force(passages: dict[str, np.ndarray], query: torch.Tensor) -> dict[st
 
 
 def decoded(codec: Codec, values, lengths, pids) -> dict[str, np.ndarray]:
-    return dict(zip(pids, decode_all(codec, *codec.encode(values, lengths)), strict=True))
+    return dict(zip(pids, decode_all(codec, codec.encode(values, lengths)), strict=True))
 
 
 def check_against(index: CompressedIndex, passages: dict[str, np.ndarray], query, allowed=None) -> None:
@@ -275,7 +275,7 @@ def test_among_and_effort_are_for_one_search(codes_dir, model_dir):
     everything = searcher.search("red apple", k=10)
     among = [hit.pid for hit in everything[3:6]]
     assert [hit.pid for hit in searcher.search("red apple", k=10, among=among)] == among
-    assert len(searcher.search("red apple", k=10, nprobe=1, n_centroids=3, n_codes=2)) <= 10
+    assert len(searcher.search("red apple", k=10, nprobe=1, n_centroids=3, n_coarse=2)) <= 10
     assert searcher.search("red apple", k=10) == everything
     for wrong, message in (
         ({"among": ["nobody"]}, "has no passage nobody"),
