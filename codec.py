@@ -15,8 +15,9 @@ they take the place of the fine codes. The dot product of a query token with a d
 the centroid, one a part. Scores of 32 query tokens lie side by side, so that a look-up serves them all by one instruction
 (kernels.py).
 
-A passage of n representatives and f followers in bytes. Coarse: centroids 2 n, norms n, codes M[0] n. Fine: norms n,
-parents f, norms f, codes M[1] n + M[2] f.
+A passage of n representatives and f followers in bytes. Coarse: centroids 2 n, norms n, codes M[0] n. Fine: parents f,
+norms f, codes M[1] n + M[2] f. The upper half of a representative's byte of norm is its coarse vector's, the lower half
+tells how its fine vector's differs from what is usual for that.
 """
 
 import math
@@ -41,7 +42,7 @@ SIMILARITY = 0.85  # cosine from which a token may follow another
 MOST_CENTROIDS = 1 << 16  # what two bytes can name
 CODEWORDS = 256
 PER_CENTROID = 40  # embeddings that centroids are trained on; faiss warns under 39
-NORM_MARGIN = 1.02  # a byte of norm reaches so much beyond what was seen in training
+NORM_QUANTILES = 0.001, 0.999  # of the factors seen in training: what a byte of norm spans
 BOOK_SAMPLE = 30_000  # differences that the codewords are trained on
 BOOK_ITERATIONS, CENTROID_ITERATIONS = 10, 6
 ASSIGN_BLOCK = 512  # embeddings whose similarities to all centroids are in memory at a time
@@ -60,9 +61,9 @@ def code_bytes(dim: int, bits: int | None, share: float) -> tuple[int, int, int]
         return coarse, 0, 0
     budget = bits * dim / 8 + dim / 32 - OVERHEAD
     follower = even(bits * dim / 8 - 3 * dim / 32, 2)
-    fine = even((budget - (1 - share) * (2 + follower)) / share - 6 - coarse, 2)
+    fine = even((budget - (1 - share) * (2 + follower)) / share - 5 - coarse, 2)
     if share < 1:
-        follower = even((budget - share * (6 + coarse + fine)) / (1 - share) - 2, 2)
+        follower = even((budget - share * (5 + coarse + fine)) / (1 - share) - 2, 2)
     return coarse, fine, follower
 
 
@@ -159,7 +160,7 @@ class Book(NamedTuple):
 class Codec:
     """A rotation (D, D), centroids (C, D) fp32 as rotated, a Book each for coarse codes, fine ones and followers'.
 
-    norms (3, 2): the least factor that a byte of norm stands for, and the step to the next.
+    norms (3, 256) fp32: for each book the factor that a byte of norm stands for.
     """
 
     def __init__(self, rotation, centroids: np.ndarray, books: list[Book], norms: np.ndarray, similarity: float):
@@ -196,30 +197,31 @@ class Codec:
         some = firsts[rng.permutation(len(firsts))[:BOOK_SAMPLE]]
         nearest = assign(torch.from_numpy(some), unit(torch.from_numpy(centroids)), device).numpy()
         rotation = as_saved(principal_directions(some - centroids[nearest]))
-        codec = cls(rotation, as_saved(centroids @ rotation), [], np.zeros((3, 2), np.float32), similarity)
+        codec = cls(rotation, as_saved(centroids @ rotation), [], np.ones((3, 256), np.float32), similarity)
         some = some @ rotation
         start = codec.centroids[codec._nearest(some, device)]
-        book, decoded = codec._add_book(some, start, M[0], rng)
+        coarse = codec._add_book(some, start, M[0], rng)
+        upper = spread(norm_factors(coarse), 16)
+        codec.norms[0] = np.repeat(upper, 16)
         if not bits:
             return codec
-        codec._add_book(some, decoded, M[1], rng)
+        fine = norm_factors(codec._add_book(some, coarse, M[1], rng))
+        usual = nearest_level(norm_factors(coarse), upper)
+        for number in range(16):
+            here = fine[usual == number]
+            codec.norms[1, 16 * number :][:16] = spread(here if len(here) >= 16 else fine, 16)
         followers = rng.permutation(np.flatnonzero(~is_first))[:BOOK_SAMPLE]
         if not len(followers):  # a sample without near-duplicates; something must stand there
             followers = parents[:1]
         decoded = codec._encode_first(values[parents[followers]] @ rotation, device)[-1]
-        codec._add_book(values[followers] @ rotation, decoded, M[2], rng)
+        codec.norms[2] = spread(norm_factors(codec._add_book(values[followers] @ rotation, decoded, M[2], rng)), 256)
         return codec
 
-    def _add_book(self, vectors: np.ndarray, start: np.ndarray, M: int, rng) -> tuple[Book, np.ndarray]:
-        """Train a book on the differences of vectors from where they start; returns it and what is decoded by it."""
-        book = Book.train(vectors - start, M, rng)
-        decoded = start + book.encode(vectors - start)[1]
-        factors = 1 / np.linalg.norm(decoded, axis=1)
-        least, most = factors.min() / NORM_MARGIN, factors.max() * NORM_MARGIN
-        self.norms[len(self.books)] = least, (most - least) / 255
-        self.books.append(book)
+    def _add_book(self, vectors: np.ndarray, start: np.ndarray, M: int, rng) -> np.ndarray:
+        """Train a book on the differences of vectors (n, D) from where they start; returns what is decoded by it."""
+        self.books.append(Book.train(vectors - start, M, rng))
         self.M[len(self.books) - 1] = M
-        return book, decoded
+        return start + self.books[-1].encode(vectors - start)[1]
 
     def save(self, folder) -> None:
         """Write the arrays into a folder."""
@@ -292,7 +294,7 @@ class Codec:
         coarse, fine = (np.empty(size, np.uint8) for size in starts[-1])
         at = starts[:-1, 0]
         put(coarse, at[of_first] + 2 * i, nearest.astype("<u2").view(np.uint8).reshape(-1, 2))
-        put(coarse, (at + 2 * n)[of_first] + i, self._norm_bytes(0, coarse_decoded))
+        put(coarse, (at + 2 * n)[of_first] + i, self._norm_bytes(coarse_decoded, decoded))
         put(coarse, (at + 3 * n)[of_first] + self.M[0] * i, codes)
         if self.has_fine:
             place = np.zeros(T, np.int64)
@@ -301,10 +303,10 @@ class Codec:
             assert not len(parent) or i[parent].max() < kernels.MOST_PARENTS
             follower_codes, rebuilt = self.books[2].encode(values[followers] - decoded[parent])
             at = starts[:-1, 1]
-            put(fine, at[of_first] + i, self._norm_bytes(1, decoded))
-            put(fine, (at + n)[of_follower] + j, i[parent].astype(np.uint8)[:, None])
-            put(fine, (at + n + f)[of_follower] + j, self._norm_bytes(2, decoded[parent] + rebuilt))
-            at = at + n + 2 * f
+            norms = nearest_level(norm_factors(decoded[parent] + rebuilt), self.norms[2])
+            put(fine, at[of_follower] + j, i[parent].astype(np.uint8)[:, None])
+            put(fine, (at + f)[of_follower] + j, norms.astype(np.uint8)[:, None])
+            at = at + 2 * f
             put(fine, at[of_first] + self.M[1] * i, fine_codes)
             put(fine, (at + self.M[1] * n)[of_follower] + self.M[2] * j, follower_codes)
         return Codes(coarse, fine, sizes)
@@ -326,15 +328,17 @@ class Codec:
         fine_codes, rebuilt = self.books[1].encode(values - coarse)
         return nearest, codes, fine_codes, coarse, coarse + rebuilt
 
-    def _norm_bytes(self, book: int, decoded: np.ndarray) -> np.ndarray:
-        """The byte (n, 1) of the factor that brings each vector nearest to unit length."""
-        factors, (least, step) = 1 / np.maximum(np.linalg.norm(decoded, axis=1), 1e-6), self.norms[book]
-        return np.clip(np.round((factors - least) / step), 0, 255).astype(np.uint8)[:, None]
+    def _norm_bytes(self, coarse: np.ndarray, fine: np.ndarray) -> np.ndarray:
+        """Bytes of norm (n, 1) of representatives decoded coarsely and finely (n, D)."""
+        upper, wanted = nearest_level(norm_factors(coarse), self.norms[0, ::16]), norm_factors(fine)
+        levels = self.norms[1].reshape(16, 16)[upper]  # (n, 16), evenly spaced
+        lower = np.round(15 * (wanted - levels[:, 0]) / np.maximum(levels[:, -1] - levels[:, 0], 1e-6))
+        return (16 * upper + np.clip(lower, 0, 15)).astype(np.uint8)[:, None]
 
     def passage_bytes(self, sizes: np.ndarray) -> np.ndarray:
         """Coarse and fine bytes (n, 2) of passages of these sizes (n, 2)."""
         n, f = sizes.T.astype(np.int64)
-        fine = (self.M[1] + 1) * n + (self.M[2] + 2) * f
+        fine = self.M[1] * n + (self.M[2] + 2) * f
         return np.stack([(self.M[0] + 3) * n, fine if self.has_fine else 0 * n], 1)
 
     # --------------------------------------------------------------------------------------------------------- decode
@@ -349,25 +353,21 @@ class Codec:
         vectors = self.centroids[centroids.copy().view("<u2").astype(np.int64)]
         vectors = vectors + self.books[0].decode(codes.reshape(n, self.M[0]))
         if self.has_fine:
-            parts = np.split(fine, np.cumsum([n, f, f, self.M[1] * n]))
-            vectors += self.books[1].decode(parts[3].reshape(n, self.M[1]))
-            followers = vectors[parts[1]] + self.books[2].decode(parts[4].reshape(f, self.M[2]))
-            factors = np.concatenate([self._factors(1)[parts[0]], self._factors(2)[parts[2]]])
+            parts = np.split(fine, np.cumsum([f, f, self.M[1] * n]))
+            vectors += self.books[1].decode(parts[2].reshape(n, self.M[1]))
+            followers = vectors[parts[0]] + self.books[2].decode(parts[3].reshape(f, self.M[2]))
+            factors = np.concatenate([self.norms[1, norms], self.norms[2, parts[1]]])
             vectors = np.concatenate([vectors, followers]) * factors[:, None]
         else:
-            vectors *= self._factors(0)[norms][:, None]
+            vectors *= self.norms[0, norms][:, None]
         return vectors @ self.rotation.T
-
-    def _factors(self, book: int) -> np.ndarray:
-        """What each byte of norm stands for (256,)."""
-        return self.norms[book, 0] + self.norms[book, 1] * np.arange(256)
 
     # ---------------------------------------------------------------------------------------------------------- score
 
     @cached_property
     def factors(self) -> np.ndarray:
         """Factors of norms as kernels.scaled_max takes them, (3, 256) int64."""
-        return np.stack([self._factors(book) * kernels.FACTOR for book in range(3)]).round().astype(np.int64)
+        return (self.norms * kernels.FACTOR).round().astype(np.int64)
 
     def tables(self, query: Tensor) -> Tables:
         """Look-up tables of up to LANES query tokens, (Lq, D) fp32."""
@@ -410,6 +410,22 @@ def parts_of(dim: int, M: int) -> np.ndarray:
 def put(data: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
     """Write row i of rows (n, w) to data[starts[i] : starts[i] + w]."""
     data[starts[:, None] + np.arange(rows.shape[1])] = rows
+
+
+def norm_factors(vectors: np.ndarray) -> np.ndarray:
+    """What brings each vector (n, D) to unit length, (n,)."""
+    return 1 / np.maximum(np.linalg.norm(vectors, axis=1), 1e-6)
+
+
+def spread(values: np.ndarray, n: int) -> np.ndarray:
+    """n levels, evenly spaced, over what most of the values span."""
+    return np.linspace(*np.quantile(values, NORM_QUANTILES), n).astype(np.float32)
+
+
+def nearest_level(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """The nearest of evenly spaced levels (n,) to each value."""
+    step = max((levels[-1] - levels[0]) / (len(levels) - 1), 1e-6)
+    return np.clip(np.round((values - levels[0]) / step), 0, len(levels) - 1).astype(np.int64)
 
 
 def find_parents(values: np.ndarray, lengths: np.ndarray, similarity: float) -> np.ndarray:

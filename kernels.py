@@ -150,22 +150,22 @@ def score_fine(rows, coarse, fine, offsets, sizes, M, centroids, tables, fine_ta
             fetch(fine, offsets[rows[i + 1], 1], offsets[rows[i + 1] + 1, 1])
         passage = rows[i]
         n, followers = np.int64(sizes[passage, 0]), np.int64(sizes[passage, 1])
-        start, norms = offsets[passage, 0], offsets[passage, 1]
+        start, parents = offsets[passage, 0], offsets[passage, 1]
         codes_at = coarse.ctypes.data + start + 3 * n
-        fine_at = fine.ctypes.data + norms + n + 2 * followers  # after norms, parents and their norms
+        fine_at = fine.ctypes.data + parents + 2 * followers  # after parents and norms
         best[:] = -32768
         for t in range(n):
             centroid = np.int64(coarse[start + 2 * t]) + 256 * np.int64(coarse[start + 2 * t + 1])
             token_at = row_of + t * ROW
             add_rows(centroids.ctypes.data + centroid * ROW, tables.ctypes.data, codes_at, M[0], token_at)
             add_rows(token_at, fine_tables.ctypes.data, fine_at, M[1], token_at)
-            scaled_max(best_at, token_at, factors[1, fine[norms + t]])
+            scaled_max(best_at, token_at, factors[1, coarse[start + 2 * n + t]])
             codes_at += M[0]
             fine_at += M[1]
         for t in range(followers):
-            parent_at = row_of + np.int64(fine[norms + n + t]) * ROW
+            parent_at = row_of + np.int64(fine[parents + t]) * ROW
             add_rows(parent_at, follower_tables.ctypes.data, fine_at, M[2], follower_at)
-            scaled_max(best_at, follower_at, factors[2, fine[norms + n + followers + t]])
+            scaled_max(best_at, follower_at, factors[2, fine[parents + followers + t]])
             fine_at += M[2]
         for lane in range(LANES):
             scores[i] += best[lane]

@@ -95,7 +95,7 @@ def test_scores_of_representatives(by_codes):
 @pytest.mark.parametrize("share", [0.4, 0.67, 0.85, 1.0])
 def test_a_token_takes_at_most_what_was_promised(bits, share):
     coarse, fine, follower = code_bytes(128, bits, share)
-    size = share * (2 + 2 + 1 + 1 + coarse + fine) + (1 - share) * (2 + follower)  # with its place in a list
+    size = share * (2 + 2 + 1 + coarse + fine) + (1 - share) * (2 + follower)  # with its place in a list
     promised = 16 * bits + 4
     assert promised - 8 < size + 1.2 <= promised and min(coarse, fine, follower) > 0
 
