@@ -33,6 +33,7 @@ from torch import Tensor
 import kernels
 from artifact import InputError
 from kernels import LANES, SCALE
+from maxsim import fast_dtype
 from ragged import neighbours
 
 BITS = (1, 2, 4, 8)
@@ -43,6 +44,7 @@ MOST_CENTROIDS = 1 << 16  # what two bytes can name
 CODEWORDS = 256
 PER_CENTROID = 40  # embeddings that centroids are trained on; faiss warns under 39
 NORM_QUANTILES = 0.001, 0.999  # of the factors seen in training: what a byte of norm spans
+BEGIN_SAMPLE = 8_000  # of them, those that k-means begins with
 BOOK_SAMPLE = 30_000  # differences that the codewords are trained on
 BOOK_ITERATIONS, CENTROID_ITERATIONS = 10, 6
 ASSIGN_BLOCK = 512  # embeddings whose similarities to all centroids are in memory at a time
@@ -56,7 +58,7 @@ def code_bytes(dim: int, bits: int | None, share: float) -> tuple[int, int, int]
     representatives. Without bits there are coarse codes only.
     """
     even = lambda value, least: max(least, min(dim, int(value)) // 2 * 2)  # noqa: E731
-    coarse = even((2 if bits == 1 else 3) * dim / 32, 4)
+    coarse = even({1: 2, None: 5}.get(bits, 3) * dim / 32, 4)
     if bits is None:
         return coarse, 0, 0
     budget = bits * dim / 8 + dim / 32 - OVERHEAD
@@ -98,14 +100,20 @@ class Codes(NamedTuple):
     sizes: np.ndarray
 
 
-class Book(NamedTuple):
+class Book:
     """A product quantiser: codewords (M, 256, d), and the columns (D,) of a vector in the order of the parts.
 
-    Parts differ in size by one at most; codewords of a shorter part end in zeros.
+    Part m has the columns edges[m] to edges[m + 1] - 1; sizes differ by one at most, and codewords of a shorter part end
+    in zeros.
     """
 
-    codewords: np.ndarray
-    columns: np.ndarray
+    def __init__(self, codewords: np.ndarray, columns: np.ndarray):
+        self.codewords, self.columns = codewords, columns
+        self.edges = parts_of(len(columns), len(codewords))
+        widths = np.diff(self.edges)[:, None]
+        # past the end of a shorter part any column will do: its codewords are 0 there
+        places = self.edges[:-1, None] + np.minimum(np.arange(widths.max()), widths - 1)
+        self.columns_of_parts = torch.from_numpy(columns[places])  # (M, d)
 
     @classmethod
     def train(cls, vectors: np.ndarray, M: int, rng) -> "Book":
@@ -114,9 +122,7 @@ class Book(NamedTuple):
         columns = deal((vectors**2).mean(0), edges)
         vectors = np.ascontiguousarray(vectors[:, columns])
         codewords = np.zeros((M, CODEWORDS, np.diff(edges).max()), np.float32)
-        begin = vectors[rng.permutation(n)[:CODEWORDS] if n >= CODEWORDS else rng.integers(0, n, CODEWORDS)]
-        for m in range(M):
-            codewords[m, :, : edges[m + 1] - edges[m]] = begin[:, edges[m] : edges[m + 1]]
+        kernels.first_codewords(vectors[rng.permutation(n)[:BEGIN_SAMPLE]], edges, rng.random((M, CODEWORDS)), codewords)
         codes, rebuilt = np.empty((n, M), np.uint8), np.empty_like(vectors)
         for _ in range(BOOK_ITERATIONS):
             kernels.quantise(vectors, codewords, edges, codes, rebuilt)
@@ -127,11 +133,6 @@ class Book(NamedTuple):
                     means = np.bincount(codes[:, m], column, CODEWORDS) / np.maximum(counts, 1)
                     codewords[m, :, j] = np.where(counts, means, column[rng.integers(0, n, CODEWORDS)])
         return cls(as_saved(codewords), columns)
-
-    @property
-    def edges(self) -> np.ndarray:
-        """Where each part begins among the columns, and the end of the last: (M + 1,)."""
-        return parts_of(len(self.columns), len(self.codewords))
 
     def encode(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Codes (n, M) uint8 of vectors (n, D) fp32, and what they decode to, (n, D)."""
@@ -150,11 +151,10 @@ class Book(NamedTuple):
         vectors[:, self.columns] = parts
         return vectors
 
-    def tables(self, query: np.ndarray) -> np.ndarray:
+    def tables(self, query: Tensor) -> np.ndarray:
         """Dot products (M, 256, LANES) int16 of codewords with the parts of a query (LANES, D)."""
-        tables = np.empty((len(self.codewords), CODEWORDS, LANES), np.int16)
-        kernels.fill_tables(self.codewords, self.edges, np.ascontiguousarray(query.T[self.columns]), tables)
-        return tables
+        parts = query.T[self.columns_of_parts]  # (M, d, LANES)
+        return torch.bmm(torch.from_numpy(self.codewords), parts).round_().to(torch.int16).numpy()
 
 
 class Codec:
@@ -367,16 +367,21 @@ class Codec:
     @cached_property
     def factors(self) -> np.ndarray:
         """Factors of norms as kernels.scaled_max takes them, (3, 256) int64."""
-        return (self.norms * kernels.FACTOR).round().astype(np.int64)
+        return (self.norms * kernels.FACTOR).round().clip(0, (1 << 15) - 1).astype(np.int64)
 
     def tables(self, query: Tensor) -> Tables:
         """Look-up tables of up to LANES query tokens, (Lq, D) fp32."""
-        padded = np.zeros((LANES, self.dim), np.float32)
-        padded[: len(query)] = query.numpy() @ self.rotation
-        products = (torch.from_numpy(self.centroids) @ torch.from_numpy(SCALE * padded).T).numpy()
-        centroids = np.empty(products.shape, np.int16)
-        kernels.round_into(products, centroids)
-        return Tables(centroids, [book.tables(SCALE * padded) for book in self.books])
+        padded = torch.zeros(LANES, self.dim)
+        padded[: len(query)] = SCALE * query @ torch.from_numpy(self.rotation)
+        similarities = self._multiplied @ padded.T.to(self._multiplied.dtype)
+        centroids = similarities.float().round_().to(torch.int16).numpy()
+        return Tables(centroids, [book.tables(padded) for book in self.books])
+
+    @cached_property
+    def _multiplied(self) -> Tensor:
+        """Centroids as queries are multiplied with them: up to 2 bits, what bf16 rounds off is little beside the rest."""
+        is_rough = not self.has_fine or self.M[1] < self.dim // 4
+        return torch.from_numpy(self.centroids).to(fast_dtype(torch.device("cpu")) if is_rough else torch.float32)
 
 
 def as_saved(array: np.ndarray) -> np.ndarray:

@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from artifact import InputError, fingerprint, publish, read_meta, run_stage, seen_from, write_json, write_meta
 from codec import BITS, MOST_CENTROIDS, PER_CENTROID, Codec, default_nlist, sample_passages
-from model import ColBERT, fast_dtype, model_fingerprint
+from maxsim import fast_dtype
+from model import ColBERT, model_fingerprint
 from ragged import NpyWriter, Ragged, allocate_npy
 
 

@@ -2,8 +2,8 @@
 and search.py; all release the GIL, so that threads may share the work.
 
 Scores of a token with LANES query tokens are one vector of 16-bit integers, and so is a row of a look-up table. numba
-would add them one by one; `add_rows` and `scaled_max` say in LLVM's terms what is meant. SCALE is what 1.0 is in the
-tables; after `scaled_max` it is FINAL.
+would add them one by one; the intrinsics say in LLVM's terms what is meant. SCALE is what 1.0 is in the tables; once
+scaled to unit length it is FINAL.
 """
 
 import numpy as np
@@ -13,11 +13,11 @@ from numba.extending import intrinsic
 
 LANES = 32  # query tokens scored at a time
 ROW = 2 * LANES  # bytes of their scores
-SCALE = 8000  # so that similarities of 1.3 still fit after `scaled_max`
-FACTOR = 3 << 12  # a factor of 1.0 in 16 bits
-SHIFT = 12
-FINAL = SCALE * FACTOR / (1 << SHIFT)
+SCALE = 16000  # so that similarities up to 2 fit in 16 bits
+FACTOR = 1 << 14  # a factor of 1.0
+FINAL = SCALE * FACTOR / (1 << 16)
 LONGEST = 1 << 10  # tokens of a passage
+GROUPS, BINS = 8, 4096  # see nearest_lists and probe
 MOST_PARENTS = 256  # representatives that a byte can name
 
 _I8, _I16, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(64)
@@ -35,52 +35,72 @@ def _store_row(builder, row, address):
     builder.store(row, builder.inttoptr(address, _VECTOR.as_pointer())).align = 2
 
 
+def _sum_rows(builder, base, tables, codes, n):
+    """base[:] + sum over m < n of tables[m, codes[m], :]."""
+    constant = lambda value: ir.Constant(_I64, value)  # noqa: E731
+    start, first = builder.block, _load_row(builder, base)
+    loop, end = builder.append_basic_block(), builder.append_basic_block()
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    m, row = builder.phi(_I64), builder.phi(_VECTOR)
+    m.add_incoming(constant(0), start)
+    row.add_incoming(first, start)
+    total = row
+    for step in range(2):
+        at = builder.add(m, constant(step))
+        code = builder.load(builder.inttoptr(builder.add(codes, at), _I8.as_pointer()))
+        index = builder.add(builder.shl(at, constant(8)), builder.zext(code, _I64))
+        total = builder.add(total, _load_row(builder, builder.add(tables, builder.mul(index, constant(ROW)))))
+    following = builder.add(m, constant(2))
+    m.add_incoming(following, loop)
+    row.add_incoming(total, loop)
+    builder.cbranch(builder.icmp_signed("<", following, n), loop, end)
+    builder.position_at_end(end)
+    return total
+
+
+def _update_max(builder, best, row, factor):
+    """best[:] = max(best[:], row[:] * factor >> 16): one instruction multiplies and shifts."""
+    factors = ir.Constant(_VECTOR, ir.Undefined)
+    for lane in range(LANES):
+        factors = builder.insert_element(factors, builder.trunc(factor, _I16), ir.Constant(ir.IntType(32), lane))
+    product = builder.mul(builder.sext(row, _WIDE), builder.sext(factors, _WIDE))
+    scaled = builder.trunc(builder.ashr(product, ir.Constant(_WIDE, [16] * LANES)), _VECTOR)
+    old = _load_row(builder, best)
+    _store_row(builder, builder.select(builder.icmp_signed(">", scaled, old), scaled, old), best)
+
+
 @intrinsic
 def add_rows(typing, base, tables, codes, n, target):
     """target[:] = base[:] + sum over m < n of tables[m, codes[m], :]; addresses, n even and above 0."""
 
     def generate(context, builder, signature, args):
-        base, tables, codes, n, target = args
-        constant = lambda value: ir.Constant(_I64, value)  # noqa: E731
-        start, total = builder.block, _load_row(builder, base)
-        loop, end = builder.append_basic_block(), builder.append_basic_block()
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        m, row = builder.phi(_I64), builder.phi(_VECTOR)
-        m.add_incoming(constant(0), start)
-        row.add_incoming(total, start)
-        total = row
-        for step in range(2):
-            at = builder.add(m, constant(step))
-            code = builder.load(builder.inttoptr(builder.add(codes, at), _I8.as_pointer()))
-            index = builder.add(builder.shl(at, constant(8)), builder.zext(code, _I64))
-            total = builder.add(total, _load_row(builder, builder.add(tables, builder.mul(index, constant(ROW)))))
-        following = builder.add(m, constant(2))
-        m.add_incoming(following, loop)
-        row.add_incoming(total, loop)
-        builder.cbranch(builder.icmp_signed("<", following, n), loop, end)
-        builder.position_at_end(end)
-        _store_row(builder, total, target)
+        *parts, target = args
+        _store_row(builder, _sum_rows(builder, *parts), target)
         return context.get_dummy_value()
 
     return types.void(_address, _address, _address, _int, _address), generate
 
 
 @intrinsic
+def add_rows_max(typing, base, tables, codes, n, best, factor):
+    """best[:] = max(best[:], the sum that add_rows has * factor >> 16); addresses and a factor under 2^15."""
+
+    def generate(context, builder, signature, args):
+        *parts, best, factor = args
+        _update_max(builder, best, _sum_rows(builder, *parts), factor)
+        return context.get_dummy_value()
+
+    return types.void(_address, _address, _address, _int, _address, _int), generate
+
+
+@intrinsic
 def scaled_max(typing, best, row, factor):
-    """best[:] = max(best[:], row[:] * factor >> SHIFT); addresses and a 16-bit factor."""
+    """best[:] = max(best[:], row[:] * factor >> 16); addresses and a factor under 2^15."""
 
     def generate(context, builder, signature, args):
         best, row, factor = args
-        wide = builder.sext(_load_row(builder, row), _WIDE)
-        factor = builder.trunc(factor, ir.IntType(32))
-        vector = ir.Constant(_WIDE, ir.Undefined)
-        for lane in range(LANES):
-            vector = builder.insert_element(vector, factor, ir.Constant(ir.IntType(32), lane))
-        shift = ir.Constant(_WIDE, [SHIFT] * LANES)
-        scaled = builder.trunc(builder.ashr(builder.mul(wide, vector), shift), _VECTOR)
-        old = _load_row(builder, best)
-        _store_row(builder, builder.select(builder.icmp_signed(">", scaled, old), scaled, old), best)
+        _update_max(builder, best, _load_row(builder, row), factor)
         return context.get_dummy_value()
 
     return types.void(_address, _address, _int), generate
@@ -102,27 +122,14 @@ def prefetch(typing, address):
 
 
 @njit(nogil=True, cache=True)
-def score_centroids(rows, coarse, offsets, sizes, centroids, scores):
-    """Add the MaxSim of passages `rows` (n,) with up to LANES query tokens to scores (n,) int32, by centroids alone.
+def score_coarse(rows, coarse, offsets, sizes, M, centroids, table, factors, scores):
+    """Add the MaxSim of passages `rows` (n,) with up to LANES query tokens to scores (n,) int32, by coarse codes.
 
-    coarse, offsets (N + 1, 2), sizes (N, 2): as codec.Codec.encode and passage_bytes say; centroids (C, LANES) int16.
+    coarse, offsets (N + 1, 2), sizes (N, 2): as codec.Codec.encode and passage_bytes say; M: bytes of a code.
+    centroids (C, LANES), table (M[0], 256, LANES): similarities, int16; factors (256,): what a byte of norm stands for.
     """
     best = np.empty(LANES, np.int16)
-    for i in range(len(rows)):
-        start = offsets[rows[i], 0]
-        best[:] = -32768
-        for at in range(start, start + 2 * np.int64(sizes[rows[i], 0]), 2):
-            centroid = np.int64(coarse[at]) + 256 * np.int64(coarse[at + 1])
-            scaled_max(best.ctypes.data, centroids.ctypes.data + centroid * ROW, FACTOR)
-        for lane in range(LANES):
-            scores[i] += best[lane]
-
-
-@njit(nogil=True, cache=True)
-def score_coarse(rows, coarse, offsets, sizes, M, centroids, table, factors, scores):
-    """As score_centroids, by the coarse codes: table (M[0], 256, LANES) int16, factors (256,) of norms."""
-    best, row = np.empty(LANES, np.int16), np.empty(LANES, np.int16)
-    best_at, row_at = best.ctypes.data, row.ctypes.data
+    best_at = best.ctypes.data
     for i in range(len(rows)):
         if i + 1 < len(rows):
             fetch(coarse, offsets[rows[i + 1], 0], offsets[rows[i + 1] + 1, 0])
@@ -131,8 +138,8 @@ def score_coarse(rows, coarse, offsets, sizes, M, centroids, table, factors, sco
         best[:] = -32768
         for t in range(n):
             centroid = np.int64(coarse[start + 2 * t]) + 256 * np.int64(coarse[start + 2 * t + 1])
-            add_rows(centroids.ctypes.data + centroid * ROW, table.ctypes.data, codes_at, M[0], row_at)
-            scaled_max(best_at, row_at, factors[coarse[start + 2 * n + t]])
+            centroid_at, factor = centroids.ctypes.data + centroid * ROW, factors[coarse[start + 2 * n + t]]
+            add_rows_max(centroid_at, table.ctypes.data, codes_at, M[0], best_at, factor)
             codes_at += M[0]
         for lane in range(LANES):
             scores[i] += best[lane]
@@ -143,7 +150,6 @@ def score_fine(rows, coarse, fine, offsets, sizes, M, centroids, tables, fine_ta
     """As score_coarse, by all codes of representatives and followers; factors (3, 256)."""
     found, best = np.empty((LONGEST, LANES), np.int16), np.empty(LANES, np.int16)
     row_of, best_at = found.ctypes.data, best.ctypes.data
-    follower_at = row_of + (LONGEST - 1) * ROW
     for i in range(len(rows)):
         if i + 1 < len(rows):
             fetch(coarse, offsets[rows[i + 1], 0], offsets[rows[i + 1] + 1, 0])
@@ -164,8 +170,8 @@ def score_fine(rows, coarse, fine, offsets, sizes, M, centroids, tables, fine_ta
             fine_at += M[1]
         for t in range(followers):
             parent_at = row_of + np.int64(fine[parents + t]) * ROW
-            add_rows(parent_at, follower_tables.ctypes.data, fine_at, M[2], follower_at)
-            scaled_max(best_at, follower_at, factors[2, fine[parents + followers + t]])
+            factor = factors[2, fine[parents + followers + t]]
+            add_rows_max(parent_at, follower_tables.ctypes.data, fine_at, M[2], best_at, factor)
             fine_at += M[2]
         for lane in range(LANES):
             scores[i] += best[lane]
@@ -178,60 +184,83 @@ def fetch(data, start, stop):
         prefetch(data.ctypes.data + at)
 
 
-@njit(nogil=True, cache=True, fastmath=True)
-def fill_tables(codewords, edges, query, tables):
-    """Dot products of codewords with a query, rounded: tables (M, 256, LANES) int16.
+@njit(nogil=True, cache=True)
+def nearest_lists(centroids, n_tokens, nprobe):
+    """The nprobe centroids most similar to each of the first n_tokens query tokens.
 
-    codewords (M, 256, d), of which part m uses edges[m + 1] - edges[m] columns; query (D, LANES) fp32.
+    centroids (C, LANES) int16, nprobe at most C. Returns them, (n_tokens, nprobe) int64, the most similar first, and
+    their similarities, int32. Only what reaches the nprobe-th highest of some maxima of groups is looked at.
     """
-    row = np.empty(LANES, np.float32)
-    for m in range(len(codewords)):
-        for k in range(codewords.shape[1]):
-            row[:] = np.float32(32768.5)  # what is cut off is then rounded
-            for j in range(edges[m + 1] - edges[m]):
-                value = codewords[m, k, j]
-                for lane in range(LANES):
-                    row[lane] += value * query[edges[m] + j, lane]
+    C, size = len(centroids), min(len(centroids), GROUPS * nprobe)
+    maxima = np.full((size, LANES), np.int16(-32768))
+    for start in range(0, C, size):
+        for i in range(min(size, C - start)):
             for lane in range(LANES):
-                tables[m, k, lane] = np.int16(np.int32(row[lane]) - 32768)
-
-
-@njit(nogil=True, cache=True)
-def round_into(values, rounded):
-    """The nearest 16-bit integers of values (C, LANES) fp32."""
-    for i in range(len(values)):
+                maxima[i, lane] = max(maxima[i, lane], centroids[start + i, lane])
+    least = np.full(LANES, np.int16(32767))
+    for token in range(n_tokens):
+        least[token] = np.partition(maxima[:, token].copy(), size - nprobe)[size - nprobe]
+    lists, similarities = np.zeros((n_tokens, nprobe), np.int64), np.full((n_tokens, nprobe), np.int32(-32769))
+    for i in range(C):
+        reached = False
         for lane in range(LANES):
-            rounded[i, lane] = np.int16(np.int32(values[i, lane] + np.float32(32768.5)) - 32768)
+            reached |= centroids[i, lane] >= least[lane]
+        if not reached:
+            continue
+        for token in range(n_tokens):
+            similarity, at = np.int32(centroids[i, token]), nprobe
+            if similarity < least[token]:
+                continue
+            while at > 0 and similarities[token, at - 1] < similarity:
+                if at < nprobe:
+                    similarities[token, at], lists[token, at] = similarities[token, at - 1], lists[token, at - 1]
+                at -= 1
+            if at < nprobe:
+                similarities[token, at], lists[token, at] = similarity, i
+    return lists, similarities
 
 
 @njit(nogil=True, cache=True)
-def probe(lists, starts, probes, gains, seen, totals, found):
-    """Passages in the probed lists of a block, and how much each promises.
+def probe(lists, starts, probes, gains, may, states, n):
+    """The n passages of a block, or a few more, that promise most by the lists they are in.
 
     lists: passages of each list; starts (C + 1,): where a list begins; probes (Lq, P): the lists of each query token,
     the best first; gains (Lq, P): what a hit adds. A passage counts once a query token, by its best list.
-    seen (block,) uint16 and totals (block,) int32, all 0 before and after; found: room for the passages.
-    Returns the passages and their totals.
+    may (size,): which passages may be found; states (BLOCK,) uint32, 0 before and after: what a passage promises, below,
+    and which token found it last, in the upper 8 bits.
+    Returns the passages, in order, and what they promise.
     """
-    n = 0
+    lower = np.uint32((1 << 24) - 1)
     for q in range(len(probes)):
-        stamp = np.uint16(q + 1)
+        stamp = np.uint32((q % 255 + 1) << 24)
         for j in range(probes.shape[1]):
-            gain = gains[q, j]
+            gain = np.uint32(gains[q, j])
             for at in range(starts[probes[q, j]], starts[probes[q, j] + 1]):
-                passage = lists[at]
-                if seen[passage] == 0:
-                    found[n] = passage
-                    n += 1
-                if seen[passage] != stamp:
-                    seen[passage] = stamp
-                    totals[passage] += gain
-    passages, promise = found[:n].copy(), np.empty(n, np.int32)
-    for i in range(n):
-        promise[i] = totals[passages[i]]
-        totals[passages[i]] = 0
-        seen[passages[i]] = 0
-    return passages, promise
+                state = states[lists[at]]
+                if state & ~lower != stamp:
+                    states[lists[at]] = np.uint32((state & lower) + gain) | stamp
+    most = np.uint32(0)
+    for i in range(len(may)):
+        states[i] = states[i] & lower if may[i] else 0
+        most = max(most, states[i])
+    shift = 0
+    while most >> shift >= BINS:
+        shift += 1
+    counts = np.zeros(BINS, np.int64)
+    for i in range(len(may)):
+        counts[states[i] >> shift] += 1
+    least, total = BINS, 0
+    while least > 1 and total < n:
+        least -= 1
+        total += counts[least]
+    floor = max(1, least << shift)
+    passages, promises, found = np.empty(total + counts[0], np.int64), np.empty(total + counts[0], np.int32), 0
+    for i in range(len(may)):
+        if states[i] >= floor:
+            passages[found], promises[found] = i, states[i]
+            found += 1
+        states[i] = 0
+    return passages[:found], promises[:found]
 
 
 @njit(nogil=True, cache=True)
@@ -274,6 +303,33 @@ def representatives(vectors, offsets, similarity, parents):
                     if chosen[j] and (nearest < 0 or cosine[i, j] > cosine[i, nearest]):
                         nearest = j
                 parents[start + i] = start + nearest
+
+
+@njit(nogil=True, cache=True, fastmath=True)
+def first_codewords(vectors, edges, chances, codewords):
+    """Codewords (M, 256, d) to begin k-means of each part with, far from each other (k-means++, SODA 2007).
+
+    vectors (n, D) fp32, chances (M, 256) uniform in [0, 1): a vector is taken with a chance that grows with its squared
+    distance to the nearest codeword so far.
+    """
+    n = len(vectors)
+    distances = np.empty(n, np.float32)
+    for m in range(len(codewords)):
+        first, width = edges[m], edges[m + 1] - edges[m]
+        distances[:] = 1
+        for k in range(codewords.shape[1]):
+            wanted = chances[m, k] * distances.sum()
+            chosen, total = 0, np.float64(distances[0])
+            while total < wanted and chosen < n - 1:
+                chosen += 1
+                total += distances[chosen]
+            for j in range(width):
+                codewords[m, k, j] = vectors[chosen, first + j]
+            for i in range(n):
+                distance = np.float32(0)
+                for j in range(width):
+                    distance += (vectors[i, first + j] - codewords[m, k, j]) ** 2
+                distances[i] = distance if k == 0 else min(distances[i], distance)
 
 
 @njit(nogil=True, cache=True, fastmath=True)

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig,
 import attention
 from artifact import InputError, fingerprint
 from attention import Packed, encode_packed, pack, packable
-from maxsim import maxsim_packed
+from maxsim import fast_dtype, maxsim_packed
 from ragged import neighbours, ranges
 
 # On CPUs PyTorch keeps the compiled products of the last 1,024 shapes: gigabytes, where every batch has its own.
@@ -660,17 +660,6 @@ def first_of(*values):
 def default_device() -> torch.device:
     """The GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def fast_dtype(device) -> torch.dtype:
-    """bf16 where the device computes in it (fp16 on older GPUs), else fp32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if device.type == "cpu":
-        path = Path("/proc/cpuinfo")
-        flags = path.read_text() if path.exists() else ""
-        return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
-    return torch.float32
 
 
 def model_fingerprint(path) -> str:

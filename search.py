@@ -1,11 +1,10 @@
 """The compressed index: passages as codec.py writes them, inverted lists over the centroids, and the search in them.
 
-A query goes through four steps, each cheaper and coarser than the next:
+A query goes through three steps, each cheaper and coarser than the next:
  1. probe: for each query token, the passages of the `nprobe` lists nearest to it; what a passage promises is the sum of
     its lists' similarities, a token that found nothing of it counting as its last list (as in WARP, arXiv 2501.17788);
- 2. the first `n_centroids` of them by MaxSim with the centroids alone (PLAID's centroid interaction, arXiv 2205.09707);
- 3. the first `n_coarse` of these by MaxSim with the coarse codes, as look-ups, nothing is decoded (kernels.py);
- 4. the first `n_fine` of these by MaxSim with all codes, or exactly, where the index keeps the fp16 vectors.
+ 2. the first `n_coarse` of them by MaxSim with the coarse codes, as look-ups, nothing is decoded (kernels.py);
+ 3. the first `n_fine` of these by MaxSim with all codes, or exactly, where the index keeps the fp16 vectors.
 
 An index is a list of segments that never change, and state.json, which names them and what is deleted in them: a
 change writes new files first, and replaces state.json last. Whoever has the index open goes on with what it opened.
@@ -30,14 +29,13 @@ from torch import Tensor
 import kernels
 from artifact import InputError, link, write_json
 from codec import Codec, Codes, Tables
-from kernels import FINAL, LANES, SCALE
+from kernels import FINAL, LANES
 from maxsim import maxsim_packed
 from ragged import Ids, IdWriter, NpyWriter, Ragged, neighbours, ranges
 
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # memory maps; nothing writes to them
 
 Ranking = tuple[np.ndarray, np.ndarray]  # rows of passages and their scores, the best first
-PROMISE = 1 << 12  # a similarity of 1.0 when lists are probed
 EXACT_TOKENS = 4096  # embeddings scored exactly at a time
 COMPACT_PASSAGES = 4096  # passages copied at a time
 BLOCK = 1 << 16  # passages whose inverted lists are kept together
@@ -47,15 +45,14 @@ class Effort(NamedTuple):
     """How hard to look: lists probed for each query token, and passages that go through each later step."""
 
     nprobe: int
-    n_centroids: int
     n_coarse: int
     n_fine: int
 
 
 QUALITY = {
-    "fast": Effort(8, 1024, 256, 64),
-    "default": Effort(32, 4096, 1024, 256),
-    "best": Effort(64, 16384, 8192, 1024),
+    "fast": Effort(8, 512, 32),
+    "default": Effort(16, 2048, 128),
+    "best": Effort(64, 8192, 512),
 }
 
 
@@ -129,7 +126,7 @@ class Segment:
         self.coarse, self.fine, self.offsets = (self._load(name) for name in ("coarse", "fine", "offsets"))
         self.sizes, self.lists, self.starts = (self._load(name) for name in ("sizes", "lists", "starts"))
         self.pids = Ids(self.folder / "pids.npy")
-        self._alive = np.load(self.folder / alive) if alive else None
+        self.alive = np.load(self.folder / alive) if alive else np.ones(len(self), bool)  # (n,), not to be written to
         self.vectors = None
         if (self.folder / "vectors.npy").is_file():
             offsets = np.append(0, self.sizes.sum(1, dtype=np.int64).cumsum())
@@ -140,14 +137,6 @@ class Segment:
 
     def __len__(self) -> int:
         return len(self.sizes)
-
-    def mask(self) -> np.ndarray:
-        """Whether each passage is there, (n,) bool; not to be written to."""
-        return np.ones(len(self), bool) if self._alive is None else self._alive
-
-    def alive(self, rows: np.ndarray) -> np.ndarray:
-        """Whether each of some passages is there, (n,) bool."""
-        return np.ones(len(rows), bool) if self._alive is None else self._alive[rows]
 
 
 class CompressedIndex:
@@ -186,7 +175,7 @@ class CompressedIndex:
 
     def alive(self) -> np.ndarray:
         """Whether each row is there, (n,) bool."""
-        return np.concatenate([np.zeros(0, bool), *(segment.mask() for segment in self.segments)])
+        return np.concatenate([np.zeros(0, bool), *(segment.alive for segment in self.segments)])
 
     def text(self, rows: np.ndarray) -> list[str]:
         """Ids of the given rows."""
@@ -202,7 +191,7 @@ class CompressedIndex:
         for segment in self.segments:
             local = segment.pids.rows(pids)
             there = local >= 0
-            there[there] = segment.alive(local[there])
+            there[there] = segment.alive[local[there]]
             rows[there] = local[there] + segment.first_row
         return rows
 
@@ -211,15 +200,12 @@ class CompressedIndex:
     def search(self, query: Tensor, k: int, effort: Effort, allowed: np.ndarray | None = None) -> Ranking:
         """The k best rows for a query (Lq, D) fp32, and their scores; allowed (n,) bool: rows that may be found."""
         query, tables = self._prepare(query)
-        n_coarse = max(effort.n_coarse, 4 * k)
-        n_centroids = max(effort.n_centroids, n_coarse)
-        if allowed is not None and allowed.sum() <= n_centroids:
+        n_coarse = max(effort.n_coarse, 8 * k)
+        if allowed is not None and allowed.sum() <= n_coarse:
             rows = np.flatnonzero(allowed & self.alive())
         else:
-            rows = self._probe(query, tables, effort.nprobe, n_centroids, allowed)
-        if len(rows) > n_coarse:
-            rows = rows[highest(self._scores("centroids", rows, tables), n_coarse)]
-        return self._finish(query, tables, rows, k, effort.n_fine)
+            rows = self._probe(tables, len(query), effort.nprobe, n_coarse, allowed)
+        return self._finish(query, tables, rows, k, max(effort.n_fine, 4 * k))
 
     def rank(self, query: Tensor, rows: np.ndarray, k: int, n_fine: int | None = None) -> Ranking:
         """The k best of the given rows, in order; n_fine: how many go through the last step, by default all."""
@@ -231,53 +217,50 @@ class CompressedIndex:
         return query, [self.codec.tables(part) for part in query.split(LANES)]
 
     def _finish(self, query: Tensor, tables, rows: np.ndarray, k: int, n_fine: int) -> Ranking:
-        """Steps 3 and 4."""
-        n_fine = max(n_fine, 2 * k)
+        """Steps 2 and 3."""
         if len(rows) > n_fine:
-            rows = rows[highest(self._scores("coarse", rows, tables), n_fine)]
-        scores = self._exact(query, rows) if self.keeps_vectors else self._scores("fine", rows, tables)
+            rows = rows[highest(self._scores(rows, tables, fine=False), n_fine)]
+        scores = self._exact(query, rows) if self.keeps_vectors else self._scores(rows, tables, fine=True)
         return top(rows, scores, k)
 
-    def _probe(self, query: Tensor, tables, nprobe: int, n: int, allowed: np.ndarray | None) -> np.ndarray:
+    def _probe(self, tables: list[Tables], n_tokens: int, nprobe: int, n: int, allowed) -> np.ndarray:
         """Step 1: the n most promising rows, in order."""
-        parts = [table.centroids.T / np.float32(SCALE) for table in tables]
-        similarities = torch.from_numpy(np.concatenate(parts)[: len(query)])  # (Lq, C)
-        values, probes = similarities.topk(min(nprobe, similarities.shape[1]))
-        gains, probes = ((values - values[:, -1:]) * PROMISE).int().numpy() + 1, probes.numpy()
-        rows, promises = np.zeros(0, np.int64), np.zeros(0, np.int32)
-        seen, totals, found = np.zeros(BLOCK, np.uint16), np.zeros(BLOCK, np.int32), np.empty(BLOCK, np.int64)
+        nprobe = min(nprobe, len(self.codec.centroids))
+        left = n_tokens - LANES * np.arange(len(tables))
+        near = [kernels.nearest_lists(t.centroids, min(LANES, m), nprobe) for t, m in zip(tables, left, strict=True)]
+        probes, similarities = (np.concatenate(parts) for parts in zip(*near, strict=True))
+        gains = similarities - similarities[:, -1:] + 1
+        rows, promises, states = np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(BLOCK, np.uint32)
         for segment in self.segments:
+            may = segment.alive
+            if allowed is not None:
+                may = may & allowed[segment.first_row :][: len(segment)]
             for number, starts in enumerate(segment.starts):
-                passages, promise = kernels.probe(segment.lists, starts, probes, gains, seen, totals, found)
-                passages += number * BLOCK
-                kept = segment.alive(passages)
-                passages += segment.first_row
-                if allowed is not None:
-                    kept &= allowed[passages]
-                rows = np.concatenate([rows, passages[kept]])
-                promises = np.concatenate([promises, promise[kept]])
-                best = highest(promises, n)
-                rows, promises = rows[best], promises[best]
-        return np.sort(rows)
+                first = number * BLOCK
+                block = may[first : first + BLOCK]
+                found, promise = kernels.probe(segment.lists, starts, probes, gains, block, states, n)
+                rows = np.concatenate([rows, found + segment.first_row + first])
+                promises = np.concatenate([promises, promise])
+            best = highest(promises, n)
+            rows, promises = rows[best], promises[best]
+        return rows
 
-    def _scores(self, step: str, rows: np.ndarray, tables: list[Tables]) -> np.ndarray:
-        """Steps 2, 3 and 4: MaxSim (n,) of rows in order, by "centroids", "coarse" or "fine" codes."""
+    def _scores(self, rows: np.ndarray, tables: list[Tables], fine: bool) -> np.ndarray:
+        """MaxSim (n,) of rows in order, by coarse codes or by all codes."""
         scores, codec = np.zeros(len(rows), np.int32), self.codec
         for segment, part in self.parts(rows):
             local, found, files = rows[part] - segment.first_row, scores[part], (segment.offsets, segment.sizes)
             for table in tables:
-                if step == "centroids":
-                    kernels.score_centroids(local, segment.coarse, *files, table.centroids, found)
-                elif step == "coarse":
-                    what = (codec.M, table.centroids, table.books[0], codec.factors[0], found)
-                    kernels.score_coarse(local, segment.coarse, *files, *what)
+                if fine:
+                    arrays = (segment.coarse, segment.fine, *files, codec.M, table.centroids, *table.books)
+                    kernels.score_fine(local, *arrays, codec.factors, found)
                 else:
-                    what = (codec.M, table.centroids, *table.books, codec.factors, found)
-                    kernels.score_fine(local, segment.coarse, segment.fine, *files, *what)
+                    arrays = (segment.coarse, *files, codec.M, table.centroids, table.books[0])
+                    kernels.score_coarse(local, *arrays, codec.factors[0], found)
         return scores / np.float32(FINAL)
 
     def _exact(self, query: Tensor, rows: np.ndarray) -> np.ndarray:
-        """Step 4: exact MaxSim (n,) of rows in order."""
+        """Exact MaxSim (n,) of rows in order."""
         scores = np.empty(len(rows), np.float32)
         for segment, part in self.parts(rows):
             local = rows[part] - segment.first_row
@@ -403,7 +386,7 @@ def delete(folder, pids: list[str]) -> int:
         entries = {segment.folder.name: entry for segment, entry in zip(index.segments, state["segments"], strict=True)}
         for segment, part in index.parts(rows):
             entry = entries[segment.folder.name]
-            alive = segment.mask().copy()
+            alive = segment.alive.copy()
             alive[rows[part] - segment.first_row] = False
             entry["alive"] = f"alive-{state['version']}.npy"
             np.save(segment.folder / entry["alive"], alive)
@@ -416,7 +399,7 @@ def compact(folder) -> int:
         index, name = CompressedIndex(folder), str(state["version"])
         writer = SegmentWriter(Path(folder) / "segments" / name, index.codec, index.keeps_vectors)
         for segment in index.segments:
-            alive = np.flatnonzero(segment.mask())
+            alive = np.flatnonzero(segment.alive)
             for rows in np.array_split(alive, math.ceil(len(alive) / COMPACT_PASSAGES) or 1):
                 starts, lengths = segment.offsets[rows].T, (segment.offsets[rows + 1] - segment.offsets[rows]).T
                 coarse, fine = (

@@ -42,7 +42,8 @@ from measure import (
 )
 from parity import call_peer, peer_versions
 
-from model import FRAME, MARKERS, ColBERT, fast_dtype, tokenize
+from maxsim import fast_dtype
+from model import FRAME, MARKERS, ColBERT, tokenize
 from tsv import read_id_text
 
 WAYS = ("reference", "ours_fp32", "ours")

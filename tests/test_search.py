@@ -19,11 +19,12 @@ import kernels
 import search
 from artifact import InputError
 from codec import Codec
+from kernels import LANES
 from maxsim import maxsim_packed
 from retrieve import Searcher
 from search import QUALITY, CompressedIndex, Effort, add, compact, create, delete
 
-EVERYTHING = Effort(NLIST, 10**6, 10**6, 10**6)
+EVERYTHING = Effort(NLIST, 10**6, 10**6)
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +78,21 @@ def test_kept_vectors_make_the_last_step_exact(codec, tmp_path):
     values, lengths, pids = block(200, 2)
     folder = make_index(tmp_path / "index", codec, (values, lengths, pids), vectors=True)
     query, index = make_query(8, 3), CompressedIndex(folder)
-    rows, scores = index.search(query, 10, Effort(4, 100, 50, 30))
+    rows, scores = index.search(query, 10, Effort(4, 50, 40))
     exact = maxsim_packed(query[None], torch.from_numpy(values).float(), torch.from_numpy(lengths))[0]
     assert np.allclose(scores, exact[torch.from_numpy(rows)], atol=1e-5)
     rows, scores = index.search(query, 10, EVERYTHING)
     assert np.allclose(scores, exact.topk(10).values, atol=1e-5)
+
+
+@pytest.mark.parametrize("C", [5, 64, 1000])
+def test_nearest_lists(C):
+    similarities = np.random.default_rng(C).integers(-300, 300, (C, LANES)).astype(np.int16)  # with ties
+    for nprobe in {1, 5, min(C, 40)}:
+        lists, found = kernels.nearest_lists(similarities, 7, nprobe)
+        order = np.argsort(-similarities[:, :7].astype(int), axis=0, kind="stable")[:nprobe].T
+        assert np.array_equal(lists, order)
+        assert np.array_equal(found, np.take_along_axis(similarities[:, :7].T, order, 1))
 
 
 def test_probe_counts_the_best_list_of_each_query_token():
@@ -89,9 +100,8 @@ def test_probe_counts_the_best_list_of_each_query_token():
     members = [np.sort(rng.choice(50, rng.integers(0, 20), replace=False)).astype(np.uint16) for _ in range(10)]
     starts = np.append(0, np.cumsum([len(part) for part in members]))
     probes = np.stack([rng.permutation(10)[:4] for _ in range(5)])
-    gains = -np.sort(-rng.integers(1, 100, (5, 4)), axis=1).astype(np.int32)
-    seen, totals = np.zeros(50, np.uint16), np.zeros(50, np.int32)
-    arrays = (np.concatenate(members), starts, probes, gains, seen, totals, np.empty(50, np.int64))
+    gains = -np.sort(-rng.integers(1, 3000, (5, 4)), axis=1).astype(np.int32)
+    may, states = rng.random(50) < 0.9, np.zeros(50, np.uint32)
     slow = {}
     for lists, row in zip(probes, gains, strict=True):
         best = {}
@@ -100,16 +110,20 @@ def test_probe_counts_the_best_list_of_each_query_token():
                 best[passage] = max(best.get(passage, 0), int(gain))
         for passage, gain in best.items():
             slow[passage] = slow.get(passage, 0) + gain
-    for _ in range(2):  # the room is left as it was found
-        passages, promises = kernels.probe(*arrays)
-        assert dict(zip(passages.tolist(), promises.tolist(), strict=True)) == slow
+    slow = {passage: promise for passage, promise in sorted(slow.items()) if may[passage]}
+    for n in (1, 7, 1000, 1000):  # the room is left as it was found
+        passages, promises = kernels.probe(np.concatenate(members), starts, probes, gains, may, states, n)
+        found = dict(zip(passages.tolist(), promises.tolist(), strict=True))
+        assert found.items() <= slow.items() and list(found) == sorted(found)
+        assert sorted(found.values())[-n:] == sorted(slow.values())[-n:]
+        assert len(found) < n + 10 and not states.any()
 
 
 def test_more_effort_is_not_worse(codec, tmp_path):
     passages = block(2000, 2)
     index, truth = CompressedIndex(make_index(tmp_path / "index", codec, passages)), decoded(codec, *passages)
     found = {}
-    for name, effort in {"little": Effort(1, 40, 20, 1), **QUALITY}.items():
+    for name, effort in {"little": Effort(1, 20, 1), **QUALITY}.items():
         overlap = 0
         for seed in range(20):
             query = make_query(8, seed)
@@ -275,7 +289,7 @@ def test_among_and_effort_are_for_one_search(codes_dir, model_dir):
     everything = searcher.search("red apple", k=10)
     among = [hit.pid for hit in everything[3:6]]
     assert [hit.pid for hit in searcher.search("red apple", k=10, among=among)] == among
-    assert len(searcher.search("red apple", k=10, nprobe=1, n_centroids=3, n_coarse=2)) <= 10
+    assert len(searcher.search("red apple", k=10, nprobe=1, n_coarse=2)) <= 10
     assert searcher.search("red apple", k=10) == everything
     for wrong, message in (
         ({"among": ["nobody"]}, "has no passage nobody"),
