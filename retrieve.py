@@ -37,10 +37,11 @@ from tqdm import tqdm
 
 import runs
 from artifact import InputError, check_file, peak_memory_mb, read_meta, run_stage
+from gpu_search import GpuIndex
 from maxsim import maxsim_packed
 from model import ColBERT, check_texts, default_device, model_fingerprint
 from ragged import Ids, Ragged, neighbours
-from search import QUALITY, CompressedIndex, Effort, Ranking, read_vectors, top
+from search import QUALITY, CompressedIndex, Effort, Ranking, effort_for, read_vectors, top
 from tsv import Collection, read_queries
 
 RERANK_TOKENS = {"cpu": 4096, "cuda": 1 << 20}  # embeddings of candidates scored at a time
@@ -76,7 +77,7 @@ class Searcher:
         if self.meta["kind"] == "embeddings" and self.meta.get("bits"):
             raise InputError(f"{index_dir}: compressed embeddings: run build_index.py, and give what it wrote")
         if self.meta.get("method") == "codes":
-            self.codes = self.pids = CompressedIndex(index_dir)
+            self.codes = self.pids = GpuIndex(index_dir, self.device) if gpu_index else CompressedIndex(index_dir)
         else:
             self.embeddings, self.pids = Ragged(index_dir), Ids(Path(index_dir) / "pids.npy")
         self.seconds: dict[str, float] = {}  # where the time went
@@ -181,7 +182,7 @@ class Searcher:
             queries = self.encode(texts[start : start + size])  # (B, Lq, D)
             rows = candidates and candidates[start : start + size]
             if self.codes is not None:
-                yield from self._search_codes(queries, k, rows, exact, QUALITY[quality]._replace(**knobs), allowed)
+                yield from self._search_codes(queries, k, rows, exact, effort_for(quality, k, **knobs), allowed)
             elif exact:
                 yield from self.exact(queries, k)
             elif candidates is not None:
@@ -398,13 +399,13 @@ def parse_args():
     parser.add_argument("--nprobe", type=int, help="lists searched for each query token (default: by --quality, or 32)")
     group = parser.add_argument_group("compressed index")
     group.add_argument("--quality", choices=tuple(QUALITY), default="default", help="how hard to look")
-    group.add_argument("--n_coarse", type=int, help="of them, scored by their codes (default: by --quality, least 2 k)")
-    group.add_argument("--n_fine", type=int, help="of them, scored by kept vectors (default: by --quality, least 2 k)")
+    group.add_argument("--n_coarse", type=int, help="passages scored by coarse codes (default: by --quality)")
+    group.add_argument("--n_fine", type=int, help="of them, scored by all codes, or by kept vectors (default: by --quality)")
     group = parser.add_argument_group("IVFPQ")
     group.add_argument("--faiss_depth", type=int, help=f"embeddings found for each query token (default {FAISS_DEPTH})")
     group.add_argument("--rerank_depth", type=int, help="passages scored exactly (default: k, at least 1000)")
     parser.add_argument("--cpu", action=switch, default=False, help="use the CPU even where there is a GPU")
-    parser.add_argument("--gpu_index", action=switch, default=False, help="put the FAISS index on the GPUs too")
+    parser.add_argument("--gpu_index", action=switch, default=False, help="put the index on the GPU too (IVFPQ: on all)")
     return parser.parse_args()
 
 

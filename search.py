@@ -49,11 +49,17 @@ class Effort(NamedTuple):
     n_fine: int
 
 
-QUALITY = {
-    "fast": Effort(8, 512, 32),
-    "default": Effort(16, 2048, 128),
-    "best": Effort(64, 8192, 512),
+QUALITY = {  # nprobe; n_coarse and n_fine as so many and so many more for each passage that is asked for
+    "fast": (8, (512, 6), (32, 3)),
+    "default": (16, (1800, 22), (80, 5)),
+    "best": (64, (8000, 50), (300, 10)),
 }
+
+
+def effort_for(quality: str, k: int, **knobs: int) -> Effort:
+    """The effort of a quality where k passages are asked for; knobs of Effort override it."""
+    nprobe, *steps = QUALITY[quality]
+    return Effort(nprobe, *(some + more * k for some, more in steps))._replace(**knobs)
 
 
 # -------------------------------------------------------------------------------------------------------------- write
@@ -200,12 +206,13 @@ class CompressedIndex:
     def search(self, query: Tensor, k: int, effort: Effort, allowed: np.ndarray | None = None) -> Ranking:
         """The k best rows for a query (Lq, D) fp32, and their scores; allowed (n,) bool: rows that may be found."""
         query, tables = self._prepare(query)
-        n_coarse = max(effort.n_coarse, 8 * k)
+        n_fine = max(effort.n_fine, k)
+        n_coarse = max(effort.n_coarse, n_fine)
         if allowed is not None and allowed.sum() <= n_coarse:
             rows = np.flatnonzero(allowed & self.alive())
         else:
             rows = self._probe(tables, len(query), effort.nprobe, n_coarse, allowed)
-        return self._finish(query, tables, rows, k, max(effort.n_fine, 4 * k))
+        return self._finish(query, tables, rows, k, n_fine)
 
     def rank(self, query: Tensor, rows: np.ndarray, k: int, n_fine: int | None = None) -> Ranking:
         """The k best of the given rows, in order; n_fine: how many go through the last step, by default all."""

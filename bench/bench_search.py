@@ -40,7 +40,7 @@ from artifact import read_meta, write_json
 from model import ColBERT
 from ragged import Ragged
 from retrieve import Searcher
-from search import QUALITY, CompressedIndex
+from search import QUALITY, CompressedIndex, effort_for
 from tsv import read_queries
 
 KS = (10, 100)
@@ -56,7 +56,12 @@ class System(NamedTuple):
     peer: str | None = None
 
 
-IVFPQ = {"nprobe 8, depth 100, rerank 1000": (8, 100, 1000), "nprobe 32, depth 1024, rerank 4000": (32, 1024, 4000)}
+OURS = {name: name for name in QUALITY}
+IVFPQ = {  # nprobe, faiss_depth, rerank_depth
+    "nprobe 8, depth 100, rerank 250": (8, 100, 250),
+    "nprobe 8, depth 256, rerank 1000": (8, 256, 1000),
+    "nprobe 32, depth 1024, rerank 4000": (32, 1024, 4000),
+}
 PLAID = {  # what it does for k up to 10, 100 and 1000
     "default": {},
     "ncells 2, threshold 0.45, ndocs 1024": {"ncells": 2, "centroid_score_threshold": 0.45, "ndocs": 1024},
@@ -65,8 +70,8 @@ PLAID = {  # what it does for k up to 10, 100 and 1000
 FAST_PLAID = {"n_ivf_probe 2, n_full_scores 256": {"n_ivf_probe": 2, "n_full_scores": 256}, "default": {}}
 WARP = {"default": {}, "nprobe 32": {"nprobe": 32}}
 SYSTEMS = {
-    **{f"ours-{bits}": System({"bits": bits}, QUALITY) for bits in (1, 2, 4, 8)},
-    "ours-2-vectors": System({"bits": 2, "keep_vectors": True}, QUALITY),
+    **{f"ours-{bits}": System({"bits": bits}, OURS) for bits in (1, 2, 4, 8)},
+    "ours-vectors": System({"keep_vectors": True}, OURS),
     "ivfpq": System({"method": "ivfpq"}, IVFPQ),
     "exact": System({}, {"every passage": None}),
     "plaid-2": System({"bits": 2}, PLAID, "colbert-ai"),
@@ -153,7 +158,7 @@ def open_ours(name: str, vectors: Path, index: Path):
         return lambda query, k, _: searcher.exact(query[None], k)[0][0]
     if name != "ivfpq":
         codes = CompressedIndex(index)
-        return lambda query, k, effort: codes.search(query, k, effort)[0]
+        return lambda query, k, quality: codes.search(query, k, effort_for(quality, k))[0]
     searcher = Searcher(index, device="cpu")
     searcher.faiss  # noqa: B018 - opened when first asked for
 

@@ -1,0 +1,126 @@
+"""The compressed index on a GPU: the steps of search.py in PyTorch, on whatever device the arrays were put.
+
+Everything but kept vectors lies on the device: about as many bytes a token as build_index.py reports. There products are
+cheaper than look-ups, so the codes of the passages in question are decoded, in fp16, and multiplied with the query.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from codec import Book
+from kernels import SCALE
+from maxsim import maxsim_packed
+from search import BLOCK, CompressedIndex, Segment, read_vectors
+
+
+class GpuIndex(CompressedIndex):
+    """An open compressed index whose arrays are on `device`; searched as CompressedIndex is."""
+
+    def __init__(self, folder, device):
+        """Raises InputError if there is no index."""
+        super().__init__(folder)
+        self.device, codec = torch.device(device), self.codec
+        self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32  # CPUs are slow with fp16
+        self.rotation = torch.from_numpy(codec.rotation).to(self.device)
+        self.centroids = torch.from_numpy(codec.centroids).to(self.device, self.dtype)
+        self.norms = torch.from_numpy(codec.norms).to(self.device, self.dtype)
+        self.books = [GpuBook(book, self.device, self.dtype) for book in codec.books]
+        self.on_device = {segment.first_row: GpuSegment(segment, self.device) for segment in self.segments}
+
+    def _prepare(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        query = query[query.any(1)].to(self.device)
+        return query, (query @ self.rotation).to(self.dtype)
+
+    def _probe(self, query: Tensor, n_tokens: int, nprobe: int, n: int, allowed) -> np.ndarray:
+        """Step 1: the n most promising rows, in order; query (Lq, D) is rotated, as it is in all that follows."""
+        similarities = (query @ self.centroids.T).float()  # (Lq, C)
+        values, probes = similarities.topk(min(nprobe, len(self.centroids)))
+        gains = ((values - values[:, -1:]) * SCALE).int() + 1
+        promises = torch.zeros(len(self), dtype=torch.int32, device=self.device)
+        for segment in self.on_device.values():
+            for number, starts in enumerate(segment.starts):
+                begins = starts[probes]  # (Lq, P)
+                lengths = (starts[probes + 1] - begins).flatten()
+                passages = segment.lists[spans(begins.flatten(), lengths)].long()
+                token = torch.arange(n_tokens, device=self.device).repeat_interleave(lengths.view(n_tokens, -1).sum(1))
+                # a passage counts once a query token, by its best list, which comes first
+                keys, order = (token * BLOCK + passages).sort(stable=True)
+                is_first = torch.ones_like(keys, dtype=torch.bool)
+                is_first[1:] = keys[1:] != keys[:-1]
+                gain = gains.flatten().repeat_interleave(lengths)[order[is_first]]
+                rows = segment.first_row + number * BLOCK + keys[is_first] % BLOCK
+                promises.index_add_(0, rows, gain)
+            promises[segment.first_row :][: len(segment.alive)] *= segment.alive
+        if allowed is not None:
+            promises *= torch.from_numpy(allowed).to(self.device)
+        best = promises.topk(min(n, len(promises)))
+        return best.indices[best.values > 0].sort().values.cpu().numpy()
+
+    def _scores(self, rows: np.ndarray, query: Tensor, fine: bool) -> np.ndarray:
+        """MaxSim (n,) of rows in order, by coarse codes or by all codes."""
+        scores = np.zeros(len(rows), np.float32)
+        for segment, part in self.parts(rows):
+            local = torch.from_numpy(rows[part] - segment.first_row).to(self.device)
+            vectors, lengths = self._decode(self.on_device[segment.first_row], local, fine)
+            scores[part] = maxsim_packed(query[None], vectors, lengths)[0].cpu().numpy()
+        return scores
+
+    def _decode(self, segment: "GpuSegment", rows: Tensor, fine: bool) -> tuple[Tensor, Tensor]:
+        """Vectors (T, D) of passages, rotated, one passage after the other, and the passages' lengths (n,)."""
+        (at, fine_at), (n, f), M = segment.offsets[rows].T, segment.sizes[rows].T, self.codec.M.tolist()
+        pairs = segment.coarse[spans(at, 2 * n)].view(-1, 2).long()
+        vectors = self.centroids[pairs[:, 0] + 256 * pairs[:, 1]]
+        self.books[0].add_to(vectors, segment.coarse[spans(at + 3 * n, M[0] * n)])
+        norms = segment.coarse[spans(at + 2 * n, n)].long()
+        if not fine:
+            return vectors * self.norms[0, norms, None], n
+        self.books[1].add_to(vectors, segment.fine[spans(fine_at + 2 * f, M[1] * n)])
+        parents = segment.fine[spans(fine_at, f)].long() + (n.cumsum(0) - n).repeat_interleave(f)
+        followers = vectors[parents]
+        self.books[2].add_to(followers, segment.fine[spans(fine_at + 2 * f + M[1] * n, M[2] * f)])
+        vectors *= self.norms[1, norms, None]
+        followers *= self.norms[2, segment.fine[spans(fine_at + f, f)].long(), None]
+        passage = torch.arange(len(rows), device=self.device)
+        order = torch.cat([passage.repeat_interleave(n), passage.repeat_interleave(f)]).argsort(stable=True)
+        return torch.cat([vectors, followers])[order], n + f
+
+    def _exact(self, query: Tensor, rows: np.ndarray) -> np.ndarray:
+        """Exact MaxSim (n,) of rows in order: their vectors are read from disk."""
+        scores = np.empty(len(rows), np.float32)
+        for segment, part in self.parts(rows):
+            vectors, lengths = read_vectors(segment.vectors, rows[part] - segment.first_row)
+            vectors, lengths = vectors.to(self.device).float(), lengths.to(self.device)
+            scores[part] = maxsim_packed(query[None], vectors, lengths)[0].cpu().numpy()
+        return scores
+
+
+class GpuSegment:
+    """Arrays of a segment on a device."""
+
+    def __init__(self, segment: Segment, device):
+        move = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
+        self.first_row = segment.first_row
+        self.coarse, self.fine, self.alive = move(segment.coarse), move(segment.fine), move(segment.alive)
+        self.offsets, self.starts = move(segment.offsets), move(segment.starts)
+        self.sizes, self.lists = move(segment.sizes.astype(np.int64)), move(segment.lists.view(np.int16)).int() & 0xFFFF
+
+
+class GpuBook:
+    """Codewords (M, 256, d) of a book on a device."""
+
+    def __init__(self, book: Book, device, dtype):
+        self.codewords = torch.from_numpy(book.codewords).to(device, dtype)
+        self.columns = [torch.from_numpy(part).to(device) for part in np.split(book.columns, book.edges[1:-1])]
+
+    def add_to(self, vectors: Tensor, codes: Tensor) -> None:
+        """Add what codes (n * M,) uint8 stand for to vectors (n, D)."""
+        codes = codes.view(len(vectors), len(self.columns)).long()
+        for m, columns in enumerate(self.columns):
+            vectors[:, columns] += self.codewords[m, codes[:, m], : len(columns)]
+
+
+def spans(starts: Tensor, lengths: Tensor) -> Tensor:
+    """start, start + 1, ..., start + length - 1 of each span, one after the other: (sum of lengths,) int64."""
+    shifts = starts - lengths.cumsum(0) + lengths
+    return torch.arange(int(lengths.sum()), device=starts.device) + shifts.repeat_interleave(lengths)

@@ -1,0 +1,32 @@
+"""The compressed index on a device, here the CPU, finds what the look-ups find."""
+
+import numpy as np
+import pytest
+import torch
+from test_codec import NLIST, make_passages, make_query
+from test_search import EVERYTHING, block, make_index
+
+from codec import Codec
+from gpu_search import GpuIndex
+from search import CompressedIndex, Effort, add, delete
+
+
+@pytest.mark.parametrize(("bits", "vectors"), [(1, False), (4, False), (None, True)])
+def test_finds_what_look_ups_find(tmp_path, monkeypatch, bits, vectors):
+    monkeypatch.setattr("search.BLOCK", 64)  # several blocks of lists
+    monkeypatch.setattr("gpu_search.BLOCK", 64)
+    codec = Codec.train(*make_passages(300, 1), bits, NLIST, seed=0)
+    folder = make_index(tmp_path / "index", codec, block(200, 2), vectors=vectors)
+    delete(folder, [f"2-{i}" for i in range(0, 60, 3)])
+    add(folder, [block(50, 3)])
+    ours, theirs = GpuIndex(folder, "cpu"), CompressedIndex(folder)
+    allowed = np.random.default_rng(0).random(len(ours)) < 0.7
+    for seed, may in ((1, None), (2, allowed), (3, None)):
+        query = make_query(20, seed)
+        padded = torch.cat([query, torch.zeros(2, query.shape[1])])
+        (rows, scores), (found, found_scores) = (index.search(padded, 10, EVERYTHING, may) for index in (theirs, ours))
+        assert np.allclose(scores, found_scores, atol=0.1) and len(set(rows) & set(found)) >= 9
+        few = [set(index.search(padded, 10, Effort(3, 60, 25), may)[0]) for index in (theirs, ours)]
+        assert len(few[0] & few[1]) >= 6  # where promises are nearly equal, rounding chooses
+        every = np.flatnonzero(theirs.alive())
+        assert np.allclose(ours.rank(query, every, 30)[1], theirs.rank(query, every, 30)[1], atol=0.1)
