@@ -165,7 +165,7 @@ def check_flags(args) -> None:
         if getattr(args, name):
             raise InputError(f"--{name} says nothing to --method {args.method}: leave it out, or give --method {other}")
     if args.bits and args.keep_vectors:
-        raise InputError("--bits says nothing with --keep_vectors, which take the place of fine codes: give one of them")
+        raise InputError("--bits says nothing with --keep_vectors, which replace the fine codes: give one of them")
 
 
 def main(args):

@@ -2,18 +2,18 @@
 
 Tokens of a passage repeat one another: a third of SQuAD's have a neighbour in their passage at a cosine of 0.85. So a
 passage's tokens are split into representatives and followers. A representative is coded coarsely, as the nearest of
-`nlist` centroids and its difference from it in a few bytes, and then finely: what the coarse code leaves over. A follower
-is coded as its difference from its representative as decoded: a small difference, hence few bytes. Differences are coded
-by product quantisation (Jégou et al., TPAMI 2011): M parts, each replaced by the nearest of 256 codewords, one byte;
-before, all is rotated on the principal directions of the differences, which are dealt out so that every part gets its
-share of the variance (Ge et al., CVPR 2013). A last byte brings a decoded vector to unit length. Residuals to centroids
-are ColBERTv2's (arXiv 2112.01488), near-duplicates within a passage those of Clavié et al. (arXiv 2409.14683), who
-average them away. LOG.md has what else was measured.
+`nlist` centroids and its difference from it in a few bytes, and then finely: what the coarse code leaves over. A
+follower is coded as its difference from its representative as decoded: a small one, hence few bytes. Differences are
+coded by product quantisation (Jégou et al., TPAMI 2011): M parts, each replaced by the nearest of 256 codewords, one
+byte; before, all is rotated on the principal directions of the differences, which are dealt out so that every part
+gets its share of the variance (Ge et al., CVPR 2013). A last byte brings a decoded vector to unit length. Residuals to
+centroids are ColBERTv2's (arXiv 2112.01488), near-duplicates within a passage those of Clavié et al.
+(arXiv 2409.14683), who average them away. LOG.md has what else was measured.
 
-The coarse codes alone order many passages, the fine ones the best of them (search.py); where the index keeps the vectors,
-they take the place of the fine codes. The dot product of a query token with a decoded token is a sum of look-ups: one for
-the centroid, one a part. Scores of 32 query tokens lie side by side, so that a look-up serves them all by one instruction
-(kernels.py).
+The coarse codes alone order many passages, the fine ones the best of them (search.py); where the index keeps the
+vectors, they take the place of the fine codes. The dot product of a query token with a decoded token is a sum of
+look-ups: one for the centroid, one a part. Scores of 32 query tokens lie side by side, so that a look-up serves them
+all by one instruction (kernels.py).
 
 A passage of n representatives and f followers in bytes. Coarse: centroids 2 n, norms n, codes M[0] n. Fine: parents f,
 norms f, codes M[1] n + M[2] f. The upper half of a representative's byte of norm is its coarse vector's, the lower half
@@ -22,6 +22,7 @@ tells how its fine vector's differs from what is usual for that.
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -103,8 +104,8 @@ class Codes(NamedTuple):
 class Book:
     """A product quantiser: codewords (M, 256, d), and the columns (D,) of a vector in the order of the parts.
 
-    Part m has the columns edges[m] to edges[m + 1] - 1; sizes differ by one at most, and codewords of a shorter part end
-    in zeros.
+    Part m has the columns edges[m] to edges[m + 1] - 1; sizes differ by one at most, and codewords of a shorter part
+    end in zeros.
     """
 
     def __init__(self, codewords: np.ndarray, columns: np.ndarray):
@@ -122,7 +123,9 @@ class Book:
         columns = deal((vectors**2).mean(0), edges)
         vectors = np.ascontiguousarray(vectors[:, columns])
         codewords = np.zeros((M, CODEWORDS, np.diff(edges).max()), np.float32)
-        kernels.first_codewords(vectors[rng.permutation(n)[:BEGIN_SAMPLE]], edges, rng.random((M, CODEWORDS)), codewords)
+        kernels.first_codewords(
+            vectors[rng.permutation(n)[:BEGIN_SAMPLE]], edges, rng.random((M, CODEWORDS)), codewords
+        )
         codes, rebuilt = np.empty((n, M), np.uint8), np.empty_like(vectors)
         for _ in range(BOOK_ITERATIONS):
             kernels.quantise(vectors, codewords, edges, codes, rebuilt)
@@ -269,7 +272,7 @@ class Codec:
             part = values[offsets[block.start] : offsets[block.stop]]
             return self._encode(np.asarray(part, np.float32), lengths[block], device)
 
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        with single_threads() as threads:
             parts = list(threads.map(encode_block, neighbours(lengths, ENCODE_TOKENS)))
         return Codes(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
@@ -379,9 +382,20 @@ class Codec:
 
     @cached_property
     def _multiplied(self) -> Tensor:
-        """Centroids as queries are multiplied with them: up to 2 bits, what bf16 rounds off is little beside the rest."""
+        """Centroids as queries are multiplied with them: to 2 bits, what bf16 rounds off is little beside the rest."""
         is_rough = not self.has_fine or self.M[1] < self.dim // 4
         return torch.from_numpy(self.centroids).to(fast_dtype(torch.device("cpu")) if is_rough else torch.float32)
+
+
+@contextmanager
+def single_threads():
+    """A pool of as many threads as PyTorch uses, each computing by itself: threads of threads wait for others."""
+    n = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+            yield threads
+    finally:
+        torch.set_num_threads(n)  # new threads take over what was set last
 
 
 def as_saved(array: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The compressed index on a GPU: the steps of search.py in PyTorch, on whatever device the arrays were put.
 
-Everything but kept vectors lies on the device: about as many bytes a token as build_index.py reports. There products are
-cheaper than look-ups, so the codes of the passages in question are decoded, in fp16, and multiplied with the query.
+Everything but kept vectors lies on the device: about as many bytes a token as build_index.py reports. There products
+are cheaper than look-ups, so the codes of the passages in question are decoded, in fp16, and multiplied with the query.
 """
 
 import numpy as np

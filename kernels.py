@@ -226,8 +226,8 @@ def probe(lists, starts, probes, gains, may, states, n):
 
     lists: passages of each list; starts (C + 1,): where a list begins; probes (Lq, P): the lists of each query token,
     the best first; gains (Lq, P): what a hit adds. A passage counts once a query token, by its best list.
-    may (size,): which passages may be found; states (BLOCK,) uint32, 0 before and after: what a passage promises, below,
-    and which token found it last, in the upper 8 bits.
+    may (size,): which passages may be found; states (BLOCK,) uint32, 0 before and after: what each promises, and in
+    the upper 8 bits which token found it last.
     Returns the passages, in order, and what they promise.
     """
     lower = np.uint32((1 << 24) - 1)

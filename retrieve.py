@@ -400,12 +400,12 @@ def parse_args():
     group = parser.add_argument_group("compressed index")
     group.add_argument("--quality", choices=tuple(QUALITY), default="default", help="how hard to look")
     group.add_argument("--n_coarse", type=int, help="passages scored by coarse codes (default: by --quality)")
-    group.add_argument("--n_fine", type=int, help="of them, scored by all codes, or by kept vectors (default: by --quality)")
+    group.add_argument("--n_fine", type=int, help="of them, scored by all codes or vectors (default: by --quality)")
     group = parser.add_argument_group("IVFPQ")
     group.add_argument("--faiss_depth", type=int, help=f"embeddings found for each query token (default {FAISS_DEPTH})")
     group.add_argument("--rerank_depth", type=int, help="passages scored exactly (default: k, at least 1000)")
     parser.add_argument("--cpu", action=switch, default=False, help="use the CPU even where there is a GPU")
-    parser.add_argument("--gpu_index", action=switch, default=False, help="put the index on the GPU too (IVFPQ: on all)")
+    parser.add_argument("--gpu_index", action=switch, default=False, help="put the index on the GPU too")
     return parser.parse_args()
 
 

@@ -17,7 +17,6 @@ import math
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +27,7 @@ from torch import Tensor
 
 import kernels
 from artifact import InputError, link, write_json
-from codec import Codec, Codes, Tables
+from codec import Codec, Codes, Tables, single_threads
 from kernels import FINAL, LANES
 from maxsim import maxsim_packed
 from ragged import Ids, IdWriter, NpyWriter, Ragged, neighbours, ranges
@@ -116,9 +115,9 @@ class SegmentWriter:
     def close(self) -> None:
         if self.n > self.starts.n_rows * BLOCK:
             self._write_lists()
-        for writer in (self.coarse, self.fine, self.sizes, self.lists, self.starts, self.offsets, self.pids, self.vectors):
-            if writer is not None:
-                writer.close()
+        writers = [self.coarse, self.fine, self.sizes, self.lists, self.starts, self.offsets, self.pids]
+        for writer in writers + [self.vectors] * (self.vectors is not None):
+            writer.close()
 
 
 # --------------------------------------------------------------------------------------------------------------- read
@@ -285,7 +284,7 @@ class CompressedIndex:
 
     def search_many(self, queries: Iterable[Tensor], k: int, effort: Effort, allowed=None) -> list[Ranking]:
         """`search` for many queries, each on one of the threads."""
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        with single_threads() as threads:
             return list(threads.map(lambda query: self.search(query, k, effort, allowed), queries))
 
 
