@@ -107,11 +107,9 @@ def build_ivfpq(embeddings: Ragged, args, partial: Path) -> dict:
 def build_codes(embeddings: Ragged, args, partial: Path) -> dict:
     """Write a compressed index; returns facts for meta.json."""
     n_embeddings = len(embeddings.values)
-    nlist = args.nlist or default_nlist(n_embeddings, MOST_CENTROIDS)
-    bits = None if args.keep_vectors else args.bits or 2
+    nlist, bits = args.nlist or default_nlist(n_embeddings, MOST_CENTROIDS), args.bits or 2
     sample, lengths = sample_embeddings(embeddings, args.sample or nlist * PER_CENTROID, args.seed)
-    finely = f"{bits} bits" if bits else "vectors kept"
-    print(f"{n_embeddings} embeddings: {nlist} centroids, {finely}, trained on {len(sample)}", flush=True)
+    print(f"{n_embeddings} embeddings: {nlist} centroids, {bits} bits, trained on {len(sample)}", flush=True)
     device, clock = default_device() if args.gpu else torch.device("cpu"), time.time()
     codec = Codec.train(sample, lengths, bits, nlist, args.seed, device)
     del sample
@@ -164,8 +162,6 @@ def check_flags(args) -> None:
     for name in flags[other]:
         if getattr(args, name):
             raise InputError(f"--{name} says nothing to --method {args.method}: leave it out, or give --method {other}")
-    if args.bits and args.keep_vectors:
-        raise InputError("--bits says nothing with --keep_vectors, which replace the fine codes: give one of them")
 
 
 def main(args):
@@ -214,7 +210,7 @@ def parse_args():
         "--keep_vectors",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="codes: link the fp16 embeddings in place of fine codes, for an exact last step",
+        help="codes: link the fp16 embeddings, for an exact last step",
     )
     parser.add_argument("--nlist", type=int, help="inverted lists (default: the power of two near 4 sqrt(embeddings))")
     parser.add_argument("--m", type=int, help="ivfpq: bytes of an embedding's code (default 16)")

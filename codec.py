@@ -10,10 +10,9 @@ gets its share of the variance (Ge et al., CVPR 2013). A last byte brings a deco
 centroids are ColBERTv2's (arXiv 2112.01488), near-duplicates within a passage those of Clavié et al.
 (arXiv 2409.14683), who average them away. LOG.md has what else was measured.
 
-The coarse codes alone order many passages, the fine ones the best of them (search.py); where the index keeps the
-vectors, they take the place of the fine codes. The dot product of a query token with a decoded token is a sum of
-look-ups: one for the centroid, one a part. Scores of 32 query tokens lie side by side, so that a look-up serves them
-all by one instruction (kernels.py).
+The coarse codes alone order many passages, the fine ones the best of them (search.py). The dot product of a query token
+with a decoded token is a sum of look-ups: one for the centroid, one a part. Scores of 32 query tokens lie side by side,
+so that a look-up serves them all by one instruction (kernels.py).
 
 A passage of n representatives and f followers in bytes. Coarse: centroids 2 n, norms n, codes M[0] n. Fine: parents f,
 norms f, codes M[1] n + M[2] f. The upper half of a representative's byte of norm is its coarse vector's, the lower half
@@ -52,16 +51,14 @@ ASSIGN_BLOCK = 512  # embeddings whose similarities to all centroids are in memo
 ENCODE_TOKENS = 1 << 15  # embeddings that a thread encodes at a time
 
 
-def code_bytes(dim: int, bits: int | None, share: float) -> tuple[int, int, int]:
+def code_bytes(dim: int, bits: int, share: float) -> tuple[int, int, int]:
     """Bytes M of a representative's coarse code, of its fine one, and of a follower's, all even.
 
     In all at most bits * dim / 8 + dim / 32 a token, lists and centroids among them, where `share` of the tokens are
-    representatives. Without bits there are coarse codes only.
+    representatives.
     """
     even = lambda value, least: max(least, min(dim, int(value)) // 2 * 2)  # noqa: E731
-    coarse = even({1: 2, None: 5}.get(bits, 3) * dim / 32, 4)
-    if bits is None:
-        return coarse, 0, 0
+    coarse = even((2 if bits == 1 else 3) * dim / 32, 4)
     budget = bits * dim / 8 + dim / 32 - OVERHEAD
     follower = even(bits * dim / 8 - 3 * dim / 32, 2)
     fine = even((budget - (1 - share) * (2 + follower)) / share - 5 - coarse, 2)
@@ -169,23 +166,20 @@ class Codec:
     def __init__(self, rotation, centroids: np.ndarray, books: list[Book], norms: np.ndarray, similarity: float):
         self.rotation, self.centroids, self.books = rotation, centroids, books
         self.norms, self.similarity = norms, similarity
-        self.M = np.array([len(book.codewords) for book in books] + [0] * (len(BOOKS) - len(books)))
 
     @property
-    def has_fine(self) -> bool:
-        """Whether there are fine codes, or coarse ones only."""
-        return len(self.books) > 1
+    def M(self) -> np.ndarray:
+        """Bytes of a representative's coarse code, of its fine one, and of a follower's."""
+        return np.array([len(book.codewords) for book in self.books])
 
     @classmethod
-    def train(
-        cls, values, lengths, bits: int | None, nlist: int, seed: int, device="cpu", similarity=SIMILARITY
-    ) -> "Codec":
-        """Train on a sample of whole passages: values (T, D), lengths (n,); without bits there are coarse codes only.
+    def train(cls, values, lengths, bits: int, nlist: int, seed: int, device="cpu", similarity=SIMILARITY) -> "Codec":
+        """Train on a sample of whole passages: values (T, D), lengths (n,).
 
         Raises InputError where the sample is too small for the centroids.
         """
         values, dim = np.asarray(values, np.float32), values.shape[1]
-        if bits not in (*BITS, None) or dim % 4:
+        if bits not in BITS or dim % 4:
             raise InputError(f"{bits} bits, dimension {dim}: give 1, 2, 4 or 8 bits, and a dimension that 4 divides")
         rng = np.random.default_rng(seed)
         parents = find_parents(values, lengths, similarity)
@@ -206,8 +200,6 @@ class Codec:
         coarse = codec._add_book(some, start, M[0], rng)
         upper = spread(norm_factors(coarse), 16)
         codec.norms[0] = np.repeat(upper, 16)
-        if not bits:
-            return codec
         fine = norm_factors(codec._add_book(some, coarse, M[1], rng))
         usual = nearest_level(norm_factors(coarse), upper)
         for number in range(16):
@@ -223,7 +215,6 @@ class Codec:
     def _add_book(self, vectors: np.ndarray, start: np.ndarray, M: int, rng) -> np.ndarray:
         """Train a book on the differences of vectors (n, D) from where they start; returns what is decoded by it."""
         self.books.append(Book.train(vectors - start, M, rng))
-        self.M[len(self.books) - 1] = M
         return start + self.books[-1].encode(vectors - start)[1]
 
     def save(self, folder) -> None:
@@ -233,7 +224,7 @@ class Codec:
         np.save(folder / "centroids.npy", self.centroids.astype(np.float16))
         np.save(folder / "norms.npy", self.norms)
         np.save(folder / "similarity.npy", self.similarity)
-        for name, book in zip(BOOKS, self.books, strict=False):
+        for name, book in zip(BOOKS, self.books, strict=True):
             np.save(folder / f"{name}_codewords.npy", book.codewords.astype(np.float16))
             np.save(folder / f"{name}_columns.npy", book.columns.astype(np.uint16))
 
@@ -241,11 +232,8 @@ class Codec:
     def load(cls, folder) -> "Codec":
         """Open what `save` wrote."""
         read = lambda name: np.load(Path(folder) / f"{name}.npy")  # noqa: E731
-        names = [name for name in BOOKS if (Path(folder) / f"{name}_columns.npy").is_file()]
-        books = [
-            Book(read(f"{name}_codewords").astype(np.float32), read(f"{name}_columns").astype(np.int64))
-            for name in names
-        ]
+        arrays = ((read(f"{name}_codewords"), read(f"{name}_columns")) for name in BOOKS)
+        books = [Book(codewords.astype(np.float32), columns.astype(np.int64)) for codewords, columns in arrays]
         rotation, centroids = (read(name).astype(np.float32) for name in ("rotation", "centroids"))
         return cls(rotation, centroids, books, read("norms"), float(read("similarity")))
 
@@ -299,19 +287,18 @@ class Codec:
         put(coarse, at[of_first] + 2 * i, nearest.astype("<u2").view(np.uint8).reshape(-1, 2))
         put(coarse, (at + 2 * n)[of_first] + i, self._norm_bytes(coarse_decoded, decoded))
         put(coarse, (at + 3 * n)[of_first] + self.M[0] * i, codes)
-        if self.has_fine:
-            place = np.zeros(T, np.int64)
-            place[firsts] = np.arange(len(firsts))
-            parent = place[parents[followers]]  # (F,) among all representatives
-            assert not len(parent) or i[parent].max() < kernels.MOST_PARENTS
-            follower_codes, rebuilt = self.books[2].encode(values[followers] - decoded[parent])
-            at = starts[:-1, 1]
-            norms = nearest_level(norm_factors(decoded[parent] + rebuilt), self.norms[2])
-            put(fine, at[of_follower] + j, i[parent].astype(np.uint8)[:, None])
-            put(fine, (at + f)[of_follower] + j, norms.astype(np.uint8)[:, None])
-            at = at + 2 * f
-            put(fine, at[of_first] + self.M[1] * i, fine_codes)
-            put(fine, (at + self.M[1] * n)[of_follower] + self.M[2] * j, follower_codes)
+        place = np.zeros(T, np.int64)
+        place[firsts] = np.arange(len(firsts))
+        parent = place[parents[followers]]  # (F,) among all representatives
+        assert not len(parent) or i[parent].max() < kernels.MOST_PARENTS
+        follower_codes, rebuilt = self.books[2].encode(values[followers] - decoded[parent])
+        at = starts[:-1, 1]
+        norms = nearest_level(norm_factors(decoded[parent] + rebuilt), self.norms[2])
+        put(fine, at[of_follower] + j, i[parent].astype(np.uint8)[:, None])
+        put(fine, (at + f)[of_follower] + j, norms.astype(np.uint8)[:, None])
+        at = at + 2 * f
+        put(fine, at[of_first] + self.M[1] * i, fine_codes)
+        put(fine, (at + self.M[1] * n)[of_follower] + self.M[2] * j, follower_codes)
         return Codes(coarse, fine, sizes)
 
     def _nearest(self, values: np.ndarray, device) -> np.ndarray:
@@ -326,8 +313,6 @@ class Codec:
         start = self.centroids[nearest]
         codes, rebuilt = self.books[0].encode(values - start)
         coarse = start + rebuilt
-        if not self.has_fine:
-            return nearest, codes, None, coarse, coarse
         fine_codes, rebuilt = self.books[1].encode(values - coarse)
         return nearest, codes, fine_codes, coarse, coarse + rebuilt
 
@@ -342,20 +327,20 @@ class Codec:
         """Coarse and fine bytes (n, 2) of passages of these sizes (n, 2)."""
         n, f = sizes.T.astype(np.int64)
         fine = self.M[1] * n + (self.M[2] + 2) * f
-        return np.stack([(self.M[0] + 3) * n, fine if self.has_fine else 0 * n], 1)
+        return np.stack([(self.M[0] + 3) * n, fine], 1)
 
     # --------------------------------------------------------------------------------------------------------- decode
 
-    def decode(self, coarse: np.ndarray, fine: np.ndarray, size: np.ndarray) -> np.ndarray:
+    def decode(self, coarse: np.ndarray, fine: np.ndarray | None, size: np.ndarray) -> np.ndarray:
         """Unit vectors (T, D) fp32 of one passage of `size` (2,), representatives first; the plain way back.
 
-        Without fine codes, of its representatives only.
+        By coarse codes alone, `fine` None, those of its representatives.
         """
         n, f = map(int, size)
         centroids, norms, codes = np.split(coarse, [2 * n, 3 * n])
         vectors = self.centroids[centroids.copy().view("<u2").astype(np.int64)]
         vectors = vectors + self.books[0].decode(codes.reshape(n, self.M[0]))
-        if self.has_fine:
+        if fine is not None:
             parts = np.split(fine, np.cumsum([f, f, self.M[1] * n]))
             vectors += self.books[1].decode(parts[2].reshape(n, self.M[1]))
             followers = vectors[parts[0]] + self.books[2].decode(parts[3].reshape(f, self.M[2]))
@@ -383,7 +368,7 @@ class Codec:
     @cached_property
     def _multiplied(self) -> Tensor:
         """Centroids as queries are multiplied with them: to 2 bits, what bf16 rounds off is little beside the rest."""
-        is_rough = not self.has_fine or self.M[1] < self.dim // 4
+        is_rough = self.M[1] < self.dim // 4
         return torch.from_numpy(self.centroids).to(fast_dtype(torch.device("cpu")) if is_rough else torch.float32)
 
 

@@ -10,7 +10,7 @@
 reads   index/ (build_index.py; embeddings/ will do for the last two), model/ (train.py), queries (qid, query)
 writes  a run file, TREC (qid Q0 pid rank score tag) or MS MARCO (qid, pid, rank)
 
-A compressed index is searched in the steps that search.py describes; --nprobe, --n_coarse and --n_fine
+A compressed index is searched in the steps that search.py describes; --nprobe, --n_coarse, --n_fine and --n_exact
 override what --quality says of each. Where it keeps no vectors, codes are all there is to score by, --exact and
 --candidates as well. In an IVFPQ index, for each query token the --faiss_depth nearest embeddings in --nprobe lists are
 looked up; their passages are ordered by the sum of what was found (a token that found nothing of a passage counts as
@@ -130,7 +130,7 @@ class Searcher:
         """The k best passages for a query, the best first; a list of such lists for a list of queries.
 
         effort, for this call only: exact=True scores every passage; quality="fast", "default" or "best", and nprobe,
-        n_coarse, n_fine (compressed index), nprobe, faiss_depth, rerank_depth (IVFPQ) are the flags of the
+        n_coarse, n_fine, n_exact (compressed index), nprobe, faiss_depth, rerank_depth (IVFPQ) are the flags of the
         same names; among=[pid, ...] searches these passages only (compressed index). Raises InputError where the
         collection is not the one that the index was made from, or an id of `among` is not in the index.
         """
@@ -400,7 +400,8 @@ def parse_args():
     group = parser.add_argument_group("compressed index")
     group.add_argument("--quality", choices=tuple(QUALITY), default="default", help="how hard to look")
     group.add_argument("--n_coarse", type=int, help="passages scored by coarse codes (default: by --quality)")
-    group.add_argument("--n_fine", type=int, help="of them, scored by all codes or vectors (default: by --quality)")
+    group.add_argument("--n_fine", type=int, help="of them, scored by all codes (default: by --quality)")
+    group.add_argument("--n_exact", type=int, help="of them, scored by kept vectors (default: by --quality)")
     group = parser.add_argument_group("IVFPQ")
     group.add_argument("--faiss_depth", type=int, help=f"embeddings found for each query token (default {FAISS_DEPTH})")
     group.add_argument("--rerank_depth", type=int, help="passages scored exactly (default: k, at least 1000)")

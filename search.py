@@ -1,10 +1,11 @@
 """The compressed index: passages as codec.py writes them, inverted lists over the centroids, and the search in them.
 
-A query goes through three steps, each cheaper and coarser than the next:
+A query goes through up to four steps, each cheaper and coarser than the next:
  1. probe: for each query token, the passages of the `nprobe` lists nearest to it; what a passage promises is the sum of
     its lists' similarities, a token that found nothing of it counting as its last list (as in WARP, arXiv 2501.17788);
  2. the first `n_coarse` of them by MaxSim with the coarse codes, as look-ups, nothing is decoded (kernels.py);
- 3. the first `n_fine` of these by MaxSim with all codes, or exactly, where the index keeps the fp16 vectors.
+ 3. the first `n_fine` of these by MaxSim with all codes;
+ 4. the first `n_exact` of these by exact MaxSim, where the index keeps the fp16 vectors.
 
 An index is a list of segments that never change, and state.json, which names them and what is deleted in them: a
 change writes new files first, and replaces state.json last. Whoever has the index open goes on with what it opened.
@@ -46,12 +47,13 @@ class Effort(NamedTuple):
     nprobe: int
     n_coarse: int
     n_fine: int
+    n_exact: int
 
 
-QUALITY = {  # nprobe; n_coarse and n_fine as so many and so many more for each passage that is asked for
-    "fast": (8, (512, 6), (32, 3)),
-    "default": (16, (1800, 22), (80, 5)),
-    "best": (64, (8000, 50), (300, 10)),
+QUALITY = {  # nprobe; the others as so many and so many more for each passage that is asked for
+    "fast": (8, (512, 6), (32, 3), (4, 1)),
+    "default": (16, (1800, 22), (80, 5), (8, 2)),
+    "best": (64, (8000, 50), (300, 10), (20, 4)),
 }
 
 
@@ -211,23 +213,26 @@ class CompressedIndex:
             rows = np.flatnonzero(allowed & self.alive())
         else:
             rows = self._probe(tables, len(query), effort.nprobe, n_coarse, allowed)
-        return self._finish(query, tables, rows, k, n_fine)
+        return self._finish(query, tables, rows, k, n_fine, max(effort.n_exact, k))
 
-    def rank(self, query: Tensor, rows: np.ndarray, k: int, n_fine: int | None = None) -> Ranking:
-        """The k best of the given rows, in order; n_fine: how many go through the last step, by default all."""
+    def rank(self, query: Tensor, rows: np.ndarray, k: int) -> Ranking:
+        """The k best of the given rows, in order, by the best that the index has: its vectors, or all codes."""
         query, tables = self._prepare(query)
-        return self._finish(query, tables, rows, k, len(rows) if n_fine is None else n_fine)
+        return self._finish(query, tables, rows, k, len(rows), len(rows))
 
     def _prepare(self, query: Tensor) -> tuple[Tensor, list[Tables]]:
         query = query[query.any(1)]  # rows of zeros pad a query: they score 0 everywhere
         return query, [self.codec.tables(part) for part in query.split(LANES)]
 
-    def _finish(self, query: Tensor, tables, rows: np.ndarray, k: int, n_fine: int) -> Ranking:
-        """Steps 2 and 3."""
+    def _finish(self, query: Tensor, tables, rows: np.ndarray, k: int, n_fine: int, n_exact: int) -> Ranking:
+        """Steps 2 to 4."""
         if len(rows) > n_fine:
             rows = rows[highest(self._scores(rows, tables, fine=False), n_fine)]
-        scores = self._exact(query, rows) if self.keeps_vectors else self._scores(rows, tables, fine=True)
-        return top(rows, scores, k)
+        if not self.keeps_vectors:
+            return top(rows, self._scores(rows, tables, fine=True), k)
+        if len(rows) > n_exact:
+            rows = rows[highest(self._scores(rows, tables, fine=True), n_exact)]
+        return top(rows, self._exact(query, rows), k)
 
     def _probe(self, tables: list[Tables], n_tokens: int, nprobe: int, n: int, allowed) -> np.ndarray:
         """Step 1: the n most promising rows, in order."""

@@ -71,7 +71,7 @@ FAST_PLAID = {"n_ivf_probe 2, n_full_scores 256": {"n_ivf_probe": 2, "n_full_sco
 WARP = {"default": {}, "nprobe 32": {"nprobe": 32}}
 SYSTEMS = {
     **{f"ours-{bits}": System({"bits": bits}, OURS) for bits in (1, 2, 4, 8)},
-    "ours-vectors": System({"keep_vectors": True}, OURS),
+    "ours-2-vectors": System({"bits": 2, "keep_vectors": True}, OURS),
     "ivfpq": System({"method": "ivfpq"}, IVFPQ),
     "exact": System({}, {"every passage": None}),
     "plaid-2": System({"bits": 2}, PLAID, "colbert-ai"),

@@ -25,7 +25,7 @@ def test_search_against_exact(embedding_dir, tmp_path):
     vectors, queries = Ragged(embedding_dir), tmp_path / "queries.npy"
     np.save(queries, np.stack([vectors.values[start : start + 8] for start in (0, 30, 60)]).astype(np.float32))
     arguments = ["--embedding_dir", embedding_dir, "--n_passages", 39, "--queries", queries, "--results", tmp_path]
-    arguments += ["--rounds", 1, "--work", tmp_path, "--systems", "ours-vectors", "exact", "plaid-2"]
+    arguments += ["--rounds", 1, "--work", tmp_path, "--systems", "ours-2-vectors", "exact", "plaid-2"]
     succeed(run_stage_cli("bench/bench_search.py", *arguments))
     rows = json.loads((tmp_path / "search.jsonl").read_text())["rows"]
     assert [row["setting"] for row in rows] == [*QUALITY, "every passage"]  # no PLAID without its environment

@@ -11,7 +11,7 @@ from gpu_search import GpuIndex
 from search import CompressedIndex, Effort, add, delete
 
 
-@pytest.mark.parametrize(("bits", "vectors"), [(1, False), (4, False), (None, True)])
+@pytest.mark.parametrize(("bits", "vectors"), [(1, False), (4, False), (2, True)])
 def test_finds_what_look_ups_find(tmp_path, monkeypatch, bits, vectors):
     monkeypatch.setattr("search.BLOCK", 64)  # several blocks of lists
     monkeypatch.setattr("gpu_search.BLOCK", 64)
@@ -26,7 +26,7 @@ def test_finds_what_look_ups_find(tmp_path, monkeypatch, bits, vectors):
         padded = torch.cat([query, torch.zeros(2, query.shape[1])])
         (rows, scores), (found, found_scores) = (index.search(padded, 10, EVERYTHING, may) for index in (theirs, ours))
         assert np.allclose(scores, found_scores, atol=0.1) and len(set(rows) & set(found)) >= 9
-        few = [set(index.search(padded, 10, Effort(3, 60, 25), may)[0]) for index in (theirs, ours)]
+        few = [set(index.search(padded, 10, Effort(3, 60, 25, 15), may)[0]) for index in (theirs, ours)]
         assert len(few[0] & few[1]) >= 6  # where promises are nearly equal, rounding chooses
         every = np.flatnonzero(theirs.alive())
         assert np.allclose(ours.rank(query, every, 30)[1], theirs.rank(query, every, 30)[1], atol=0.1)

@@ -24,7 +24,7 @@ from maxsim import maxsim_packed
 from retrieve import Searcher
 from search import QUALITY, CompressedIndex, Effort, add, compact, create, delete, effort_for
 
-EVERYTHING = Effort(NLIST, 10**6, 10**6)
+EVERYTHING = Effort(NLIST, 10**6, 10**6, 10**6)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_kept_vectors_make_the_last_step_exact(codec, tmp_path):
     values, lengths, pids = block(200, 2)
     folder = make_index(tmp_path / "index", codec, (values, lengths, pids), vectors=True)
     query, index = make_query(8, 3), CompressedIndex(folder)
-    rows, scores = index.search(query, 10, Effort(4, 50, 40))
+    rows, scores = index.search(query, 10, Effort(4, 100, 50, 30))
     exact = maxsim_packed(query[None], torch.from_numpy(values).float(), torch.from_numpy(lengths))[0]
     assert np.allclose(scores, exact[torch.from_numpy(rows)], atol=1e-5)
     rows, scores = index.search(query, 10, EVERYTHING)
@@ -123,7 +123,7 @@ def test_more_effort_is_not_worse(codec, tmp_path):
     passages = block(2000, 2)
     index, truth = CompressedIndex(make_index(tmp_path / "index", codec, passages)), decoded(codec, *passages)
     found = {}
-    for name, effort in {"little": Effort(1, 20, 1), **{name: effort_for(name, 10) for name in QUALITY}}.items():
+    for name, effort in {"little": Effort(1, 20, 1, 1), **{name: effort_for(name, 10) for name in QUALITY}}.items():
         overlap = 0
         for seed in range(20):
             query = make_query(8, seed)
