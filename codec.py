@@ -37,16 +37,17 @@ from maxsim import fast_dtype
 from ragged import neighbours
 
 BITS = (1, 2, 4, 8)
-BOOKS = ("coarse", "fine", "follower")
+BOOKS, LEVELS = ("representative", "follower"), ("coarse", "fine")
 OVERHEAD = 1.2  # bytes a token of centroids, offsets and sizes, in a collection of a few million tokens
 SIMILARITY = 0.85  # cosine from which a token may follow another
 MOST_CENTROIDS = 1 << 16  # what two bytes can name
 CODEWORDS = 256
 PER_CENTROID = 40  # embeddings that centroids are trained on; faiss warns under 39
 NORM_QUANTILES = 0.001, 0.999  # of the factors seen in training: what a byte of norm spans
+CANDIDATES = 8  # coarse codewords tried for each part
 BEGIN_SAMPLE = 8_000  # of them, those that k-means begins with
-BOOK_SAMPLE = 30_000  # differences that the codewords are trained on
-BOOK_ITERATIONS, CENTROID_ITERATIONS = 10, 6
+BOOK_SAMPLE = 60_000  # differences that the codewords are trained on
+BOOK_ITERATIONS, JOINT_ITERATIONS, CENTROID_ITERATIONS = 6, 3, 6
 ASSIGN_BLOCK = 512  # embeddings whose similarities to all centroids are in memory at a time
 ENCODE_TOKENS = 1 << 15  # embeddings that a thread encodes at a time
 
@@ -58,10 +59,11 @@ def code_bytes(dim: int, bits: int, share: float) -> tuple[int, int, int]:
     representatives.
     """
     even = lambda value, least: max(least, min(dim, int(value)) // 2 * 2)  # noqa: E731
-    coarse = even((2 if bits == 1 else 3) * dim / 32, 4)
     budget = bits * dim / 8 + dim / 32 - OVERHEAD
     follower = even(bits * dim / 8 - 3 * dim / 32, 2)
-    fine = even((budget - (1 - share) * (2 + follower)) / share - 5 - coarse, 2)
+    both = (budget - (1 - share) * (2 + follower)) / share - 5
+    coarse = even(min((2 if bits == 1 else 3) * dim / 32, both / 2), 2)
+    fine = even(both - coarse, coarse)
     if share < 1:
         follower = even((budget - share * (5 + coarse + fine)) / (1 - share) - 2, 2)
     return coarse, fine, follower
@@ -84,7 +86,7 @@ class Tables(NamedTuple):
     """What up to LANES query tokens score with centroids and codewords, int16; 1.0 is SCALE."""
 
     centroids: np.ndarray  # (C, LANES)
-    books: list[np.ndarray]  # (M, 256, LANES) each
+    books: list[np.ndarray]  # (M, 256, LANES): coarse, fine, follower
 
 
 class Codes(NamedTuple):
@@ -99,52 +101,64 @@ class Codes(NamedTuple):
 
 
 class Book:
-    """A product quantiser: codewords (M, 256, d), and the columns (D,) of a vector in the order of the parts.
+    """A product quantiser in two levels: coarse parts, and in each of them fine parts, which code what it leaves over.
 
-    Part m has the columns edges[m] to edges[m + 1] - 1; sizes differ by one at most, and codewords of a shorter part
-    end in zeros.
+    codewords: of both levels, (M, 256, d) each; columns (D,) of a vector in the order of the parts. Part m of a level
+    has the columns edges[m] to edges[m + 1] - 1; widths of fine parts differ by one at most, coarse part m is made of
+    the fine parts within[m] to within[m + 1] - 1, and codewords of a narrower part end in zeros.
     """
 
-    def __init__(self, codewords: np.ndarray, columns: np.ndarray):
+    def __init__(self, codewords: list[np.ndarray], columns: np.ndarray):
         self.codewords, self.columns = codewords, columns
-        self.edges = parts_of(len(columns), len(codewords))
-        widths = np.diff(self.edges)[:, None]
-        # past the end of a shorter part any column will do: its codewords are 0 there
-        places = self.edges[:-1, None] + np.minimum(np.arange(widths.max()), widths - 1)
-        self.columns_of_parts = torch.from_numpy(columns[places])  # (M, d)
+        self.within, self.edges = nest(len(columns), *(len(words) for words in codewords))
+        self.columns_of_parts = []  # (M, d) each
+        for edges in self.edges:
+            widths = np.diff(edges)[:, None]
+            # past the end of a narrower part any column will do: its codewords are 0 there
+            places = edges[:-1, None] + np.minimum(np.arange(widths.max()), widths - 1)
+            self.columns_of_parts.append(torch.from_numpy(columns[places]))
 
     @classmethod
-    def train(cls, vectors: np.ndarray, M: int, rng) -> "Book":
-        """By k-means of each part of these vectors (n, D) fp32."""
-        n, edges = len(vectors), parts_of(vectors.shape[1], M)
-        columns = deal((vectors**2).mean(0), edges)
-        vectors = np.ascontiguousarray(vectors[:, columns])
-        codewords = np.zeros((M, CODEWORDS, np.diff(edges).max()), np.float32)
-        kernels.first_codewords(
-            vectors[rng.permutation(n)[:BEGIN_SAMPLE]], edges, rng.random((M, CODEWORDS)), codewords
-        )
-        codes, rebuilt = np.empty((n, M), np.uint8), np.empty_like(vectors)
-        for _ in range(BOOK_ITERATIONS):
-            kernels.quantise(vectors, codewords, edges, codes, rebuilt)
-            for m in range(M):
-                counts = np.bincount(codes[:, m], minlength=CODEWORDS)
-                for j in range(edges[m + 1] - edges[m]):
-                    column = vectors[:, edges[m] + j]
-                    means = np.bincount(codes[:, m], column, CODEWORDS) / np.maximum(counts, 1)
-                    codewords[m, :, j] = np.where(counts, means, column[rng.integers(0, n, CODEWORDS)])
-        return cls(as_saved(codewords), columns)
+    def train(cls, vectors: np.ndarray, coarse: int, fine: int, rng) -> "Book":
+        """By k-means of each part of these vectors (n, D) fp32, of each part of what it leaves over, then of both."""
+        n, (_, edges) = len(vectors), nest(vectors.shape[1], coarse, fine)
+        columns = deal((vectors**2).mean(0), edges[1])
+        vectors, codewords = np.ascontiguousarray(vectors[:, columns]), []
+        left = vectors.copy()
+        for level in edges:
+            words = np.zeros((len(level) - 1, CODEWORDS, np.diff(level).max()), np.float32)
+            some = left[rng.permutation(n)[:BEGIN_SAMPLE]]
+            kernels.first_codewords(some, level, rng.random(words.shape[:2]), words)
+            alone = [words, words[:0]], (level, level[:1]), np.zeros(len(level), np.int64)  # no finer parts
+            for _ in range(BOOK_ITERATIONS):
+                codes, rebuilt = quantise(left, *alone, 1)
+                refine(words, level, codes, left - rebuilt[0])
+            left -= quantise(left, *alone, 1)[1][0]
+            codewords.append(words)
+        book = cls(codewords, columns)
+        for _ in range(JOINT_ITERATIONS):
+            codes, rebuilt = quantise(vectors, codewords, book.edges, book.within, CANDIDATES)
+            left = vectors - rebuilt[1]
+            for words, level, here in zip(codewords, edges, np.split(codes, [coarse], axis=1), strict=True):
+                refine(words, level, here, left)
+        return cls([as_saved(words) for words in codewords], columns)
 
-    def encode(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Codes (n, M) uint8 of vectors (n, D) fp32, and what they decode to, (n, D)."""
-        codes, rebuilt = np.empty((len(vectors), len(self.codewords)), np.uint8), np.empty_like(vectors)
-        kernels.quantise(np.ascontiguousarray(vectors[:, self.columns]), self.codewords, self.edges, codes, rebuilt)
-        return codes, self._back(rebuilt)
+    def encode(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Codes (n, M) uint8 of vectors (n, D) fp32, the coarse ones first, and what these and all decode to, (n, D).
+
+        For each coarse part the codeword that leaves least over after the fine ones, of the CANDIDATES nearest.
+        """
+        codes, rebuilt = quantise(vectors[:, self.columns], self.codewords, self.edges, self.within, CANDIDATES)
+        return codes, self._back(rebuilt[0]), self._back(rebuilt[1])
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Vectors (n, D) of codes (n, M)."""
-        widths = np.diff(self.edges)
-        parts = [words[codes[:, m], : widths[m]] for m, words in enumerate(self.codewords)]
-        return self._back(np.concatenate(parts, 1))
+        """Vectors (n, D) of codes (n, M), or of the coarse ones alone."""
+        vectors = np.zeros((len(codes), len(self.columns)), np.float32)
+        for words, edges in zip(self.codewords, self.edges, strict=True):
+            here, codes = codes[:, : len(words)], codes[:, len(words) :]
+            for m in range(here.shape[1]):
+                vectors[:, edges[m] : edges[m + 1]] += words[m, here[:, m], : edges[m + 1] - edges[m]]
+        return self._back(vectors)
 
     def _back(self, parts: np.ndarray) -> np.ndarray:
         vectors = np.empty_like(parts)
@@ -153,14 +167,17 @@ class Book:
 
     def tables(self, query: Tensor) -> np.ndarray:
         """Dot products (M, 256, LANES) int16 of codewords with the parts of a query (LANES, D)."""
-        parts = query.T[self.columns_of_parts]  # (M, d, LANES)
-        return torch.bmm(torch.from_numpy(self.codewords), parts).round_().to(torch.int16).numpy()
+        products = [
+            torch.bmm(torch.from_numpy(words), query.T[columns])
+            for words, columns in zip(self.codewords, self.columns_of_parts, strict=True)
+        ]
+        return torch.cat(products).round_().to(torch.int16).numpy()
 
 
 class Codec:
-    """A rotation (D, D), centroids (C, D) fp32 as rotated, a Book each for coarse codes, fine ones and followers'.
+    """A rotation (D, D), centroids (C, D) fp32 as rotated, a Book each for representatives and followers.
 
-    norms (3, 256) fp32: for each book the factor that a byte of norm stands for.
+    norms (3, 256) fp32: the factor that a byte of norm stands for, after coarse codes, after fine ones, of followers.
     """
 
     def __init__(self, rotation, centroids: np.ndarray, books: list[Book], norms: np.ndarray, similarity: float):
@@ -170,7 +187,8 @@ class Codec:
     @property
     def M(self) -> np.ndarray:
         """Bytes of a representative's coarse code, of its fine one, and of a follower's."""
-        return np.array([len(book.codewords) for book in self.books])
+        (coarse, fine), followers = ([len(words) for words in book.codewords] for book in self.books)
+        return np.array([coarse, fine, sum(followers)])
 
     @classmethod
     def train(cls, values, lengths, bits: int, nlist: int, seed: int, device="cpu", similarity=SIMILARITY) -> "Codec":
@@ -196,11 +214,10 @@ class Codec:
         rotation = as_saved(principal_directions(some - centroids[nearest]))
         codec = cls(rotation, as_saved(centroids @ rotation), [], np.ones((3, 256), np.float32), similarity)
         some = some @ rotation
-        start = codec.centroids[codec._nearest(some, device)]
-        coarse = codec._add_book(some, start, M[0], rng)
-        upper = spread(norm_factors(coarse), 16)
+        codec.books.append(Book.train(some - codec.centroids[codec._nearest(some, device)], *M[:2], rng))
+        *_, coarse, decoded = codec._encode_first(some, device)
+        upper, fine = spread(norm_factors(coarse), 16), norm_factors(decoded)
         codec.norms[0] = np.repeat(upper, 16)
-        fine = norm_factors(codec._add_book(some, coarse, M[1], rng))
         usual = nearest_level(norm_factors(coarse), upper)
         for number in range(16):
             here = fine[usual == number]
@@ -209,13 +226,11 @@ class Codec:
         if not len(followers):  # a sample without near-duplicates; something must stand there
             followers = parents[:1]
         decoded = codec._encode_first(values[parents[followers]] @ rotation, device)[-1]
-        codec.norms[2] = spread(norm_factors(codec._add_book(values[followers] @ rotation, decoded, M[2], rng)), 256)
+        left = values[followers] @ rotation - decoded
+        coarse = max(1, M[2] // 3)
+        codec.books.append(Book.train(left, coarse, M[2] - coarse, rng))
+        codec.norms[2] = spread(norm_factors(decoded + codec.books[1].encode(left)[-1]), 256)
         return codec
-
-    def _add_book(self, vectors: np.ndarray, start: np.ndarray, M: int, rng) -> np.ndarray:
-        """Train a book on the differences of vectors (n, D) from where they start; returns what is decoded by it."""
-        self.books.append(Book.train(vectors - start, M, rng))
-        return start + self.books[-1].encode(vectors - start)[1]
 
     def save(self, folder) -> None:
         """Write the arrays into a folder."""
@@ -225,15 +240,21 @@ class Codec:
         np.save(folder / "norms.npy", self.norms)
         np.save(folder / "similarity.npy", self.similarity)
         for name, book in zip(BOOKS, self.books, strict=True):
-            np.save(folder / f"{name}_codewords.npy", book.codewords.astype(np.float16))
+            for level, words in zip(LEVELS, book.codewords, strict=True):
+                np.save(folder / f"{name}_{level}.npy", words.astype(np.float16))
             np.save(folder / f"{name}_columns.npy", book.columns.astype(np.uint16))
 
     @classmethod
     def load(cls, folder) -> "Codec":
         """Open what `save` wrote."""
         read = lambda name: np.load(Path(folder) / f"{name}.npy")  # noqa: E731
-        arrays = ((read(f"{name}_codewords"), read(f"{name}_columns")) for name in BOOKS)
-        books = [Book(codewords.astype(np.float32), columns.astype(np.int64)) for codewords, columns in arrays]
+        books = [
+            Book(
+                [read(f"{name}_{level}").astype(np.float32) for level in LEVELS],
+                read(f"{name}_columns").astype(np.int64),
+            )
+            for name in BOOKS
+        ]
         rotation, centroids = (read(name).astype(np.float32) for name in ("rotation", "centroids"))
         return cls(rotation, centroids, books, read("norms"), float(read("similarity")))
 
@@ -280,24 +301,24 @@ class Codec:
         i = np.arange(len(firsts)) - (np.cumsum(n) - n)[of_first]  # place among the passage's representatives
         j = np.arange(len(followers)) - (np.cumsum(f) - f)[of_follower]
 
-        nearest, codes, fine_codes, coarse_decoded, decoded = self._encode_first(values[firsts], device)
+        nearest, codes, coarse_decoded, decoded = self._encode_first(values[firsts], device)
         starts = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(self.passage_bytes(sizes), 0)])
         coarse, fine = (np.empty(size, np.uint8) for size in starts[-1])
         at = starts[:-1, 0]
         put(coarse, at[of_first] + 2 * i, nearest.astype("<u2").view(np.uint8).reshape(-1, 2))
         put(coarse, (at + 2 * n)[of_first] + i, self._norm_bytes(coarse_decoded, decoded))
-        put(coarse, (at + 3 * n)[of_first] + self.M[0] * i, codes)
+        put(coarse, (at + 3 * n)[of_first] + self.M[0] * i, codes[:, : self.M[0]])
         place = np.zeros(T, np.int64)
         place[firsts] = np.arange(len(firsts))
         parent = place[parents[followers]]  # (F,) among all representatives
         assert not len(parent) or i[parent].max() < kernels.MOST_PARENTS
-        follower_codes, rebuilt = self.books[2].encode(values[followers] - decoded[parent])
+        follower_codes, _, rebuilt = self.books[1].encode(values[followers] - decoded[parent])
         at = starts[:-1, 1]
         norms = nearest_level(norm_factors(decoded[parent] + rebuilt), self.norms[2])
         put(fine, at[of_follower] + j, i[parent].astype(np.uint8)[:, None])
         put(fine, (at + f)[of_follower] + j, norms.astype(np.uint8)[:, None])
         at = at + 2 * f
-        put(fine, at[of_first] + self.M[1] * i, fine_codes)
+        put(fine, at[of_first] + self.M[1] * i, codes[:, self.M[0] :])
         put(fine, (at + self.M[1] * n)[of_follower] + self.M[2] * j, follower_codes)
         return Codes(coarse, fine, sizes)
 
@@ -305,16 +326,14 @@ class Codec:
         return assign(torch.from_numpy(values), self._unit, device).numpy()
 
     def _encode_first(self, values: np.ndarray, device) -> tuple[np.ndarray, ...]:
-        """Of representatives: centroids (n,), coarse and fine codes, vectors decoded coarsely and finely (n, D).
+        """Of representatives: centroids (n,), codes (n, M), vectors decoded coarsely and finely (n, D).
 
         Decoded vectors are not of unit length yet.
         """
         nearest = self._nearest(values, device)
         start = self.centroids[nearest]
-        codes, rebuilt = self.books[0].encode(values - start)
-        coarse = start + rebuilt
-        fine_codes, rebuilt = self.books[1].encode(values - coarse)
-        return nearest, codes, fine_codes, coarse, coarse + rebuilt
+        codes, coarse, fine = self.books[0].encode(values - start)
+        return nearest, codes, start + coarse, start + fine
 
     def _norm_bytes(self, coarse: np.ndarray, fine: np.ndarray) -> np.ndarray:
         """Bytes of norm (n, 1) of representatives decoded coarsely and finely (n, D)."""
@@ -338,17 +357,15 @@ class Codec:
         """
         n, f = map(int, size)
         centroids, norms, codes = np.split(coarse, [2 * n, 3 * n])
-        vectors = self.centroids[centroids.copy().view("<u2").astype(np.int64)]
-        vectors = vectors + self.books[0].decode(codes.reshape(n, self.M[0]))
-        if fine is not None:
-            parts = np.split(fine, np.cumsum([f, f, self.M[1] * n]))
-            vectors += self.books[1].decode(parts[2].reshape(n, self.M[1]))
-            followers = vectors[parts[0]] + self.books[2].decode(parts[3].reshape(f, self.M[2]))
-            factors = np.concatenate([self.norms[1, norms], self.norms[2, parts[1]]])
-            vectors = np.concatenate([vectors, followers]) * factors[:, None]
-        else:
-            vectors *= self.norms[0, norms][:, None]
-        return vectors @ self.rotation.T
+        start = self.centroids[centroids.copy().view("<u2").astype(np.int64)]
+        codes = codes.reshape(n, self.M[0])
+        if fine is None:
+            return (start + self.books[0].decode(codes)) * self.norms[0, norms][:, None] @ self.rotation.T
+        parents, follower_norms, fine_codes, follower_codes = np.split(fine, np.cumsum([f, f, self.M[1] * n]))
+        vectors = start + self.books[0].decode(np.concatenate([codes, fine_codes.reshape(n, self.M[1])], 1))
+        followers = vectors[parents] + self.books[1].decode(follower_codes.reshape(f, self.M[2]))
+        factors = np.concatenate([self.norms[1, norms], self.norms[2, follower_norms]])
+        return np.concatenate([vectors, followers]) * factors[:, None] @ self.rotation.T
 
     # ---------------------------------------------------------------------------------------------------------- score
 
@@ -363,7 +380,8 @@ class Codec:
         padded[: len(query)] = SCALE * query @ torch.from_numpy(self.rotation)
         similarities = self._multiplied @ padded.T.to(self._multiplied.dtype)
         centroids = similarities.float().round_().to(torch.int16).numpy()
-        return Tables(centroids, [book.tables(padded) for book in self.books])
+        first, follower = (book.tables(padded) for book in self.books)
+        return Tables(centroids, [first[: self.M[0]], first[self.M[0] :], follower])
 
     @cached_property
     def _multiplied(self) -> Tensor:
@@ -404,6 +422,30 @@ def deal(variances: np.ndarray, edges: np.ndarray) -> np.ndarray:
         totals[part] += logs[j]
         room[part] -= 1
     return np.concatenate(parts).astype(np.int64)
+
+
+def nest(dim: int, coarse: int, fine: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Which fine parts make up each coarse part, (coarse + 1,), and the edges of the coarse and the fine parts."""
+    within, edges = parts_of(fine, coarse), parts_of(dim, fine)
+    return within, (edges[within], edges)
+
+
+def quantise(vectors: np.ndarray, codewords, edges, within, n_candidates: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes (n, M) of both levels, and the codewords they stand for, (2, n, D), as kernels.quantise says."""
+    codes = np.empty((len(vectors), sum(map(len, codewords))), np.uint8)
+    rebuilt = np.empty((2, *vectors.shape), np.float32)
+    kernels.quantise(np.ascontiguousarray(vectors), *codewords, *edges, within, n_candidates, codes, rebuilt)
+    return codes, rebuilt
+
+
+def refine(words: np.ndarray, edges: np.ndarray, codes: np.ndarray, left: np.ndarray) -> None:
+    """Move codewords (M, 256, d) by the mean of what is left over of vectors (n, D) with their codes (n, M)."""
+    for m in range(len(words)):
+        counts = np.maximum(np.bincount(codes[:, m], minlength=CODEWORDS), 1)
+        for j in range(edges[m], edges[m + 1]):
+            shifts = (np.bincount(codes[:, m], left[:, j], CODEWORDS) / counts).astype(np.float32)
+            words[m, :, j - edges[m]] += shifts
+            left[:, j] -= shifts[codes[:, m]]
 
 
 def parts_of(dim: int, M: int) -> np.ndarray:

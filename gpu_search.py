@@ -71,14 +71,14 @@ class GpuIndex(CompressedIndex):
         (at, fine_at), (n, f), M = segment.offsets[rows].T, segment.sizes[rows].T, self.codec.M.tolist()
         pairs = segment.coarse[spans(at, 2 * n)].view(-1, 2).long()
         vectors = self.centroids[pairs[:, 0] + 256 * pairs[:, 1]]
-        self.books[0].add_to(vectors, segment.coarse[spans(at + 3 * n, M[0] * n)])
+        self.books[0].add_to(vectors, segment.coarse[spans(at + 3 * n, M[0] * n)], levels=[0])
         norms = segment.coarse[spans(at + 2 * n, n)].long()
         if not fine:
             return vectors * self.norms[0, norms, None], n
-        self.books[1].add_to(vectors, segment.fine[spans(fine_at + 2 * f, M[1] * n)])
+        self.books[0].add_to(vectors, segment.fine[spans(fine_at + 2 * f, M[1] * n)], levels=[1])
         parents = segment.fine[spans(fine_at, f)].long() + (n.cumsum(0) - n).repeat_interleave(f)
         followers = vectors[parents]
-        self.books[2].add_to(followers, segment.fine[spans(fine_at + 2 * f + M[1] * n, M[2] * f)])
+        self.books[1].add_to(followers, segment.fine[spans(fine_at + 2 * f + M[1] * n, M[2] * f)], levels=[0, 1])
         vectors *= self.norms[1, norms, None]
         followers *= self.norms[2, segment.fine[spans(fine_at + f, f)].long(), None]
         passage = torch.arange(len(rows), device=self.device)
@@ -107,17 +107,20 @@ class GpuSegment:
 
 
 class GpuBook:
-    """Codewords (M, 256, d) of a book on a device."""
+    """Both levels of a book on a device: codewords (M, 256, d), and the columns of each part."""
 
     def __init__(self, book: Book, device, dtype):
-        self.codewords = torch.from_numpy(book.codewords).to(device, dtype)
-        self.columns = [torch.from_numpy(part).to(device) for part in np.split(book.columns, book.edges[1:-1])]
+        self.codewords = [torch.from_numpy(words).to(device, dtype) for words in book.codewords]
+        columns = torch.from_numpy(book.columns).to(device)
+        self.columns = [columns.tensor_split(torch.from_numpy(edges[1:-1])) for edges in book.edges]
 
-    def add_to(self, vectors: Tensor, codes: Tensor) -> None:
-        """Add what codes (n * M,) uint8 stand for to vectors (n, D)."""
-        codes = codes.view(len(vectors), len(self.columns)).long()
-        for m, columns in enumerate(self.columns):
-            vectors[:, columns] += self.codewords[m, codes[:, m], : len(columns)]
+    def add_to(self, vectors: Tensor, codes: Tensor, levels: list[int]) -> None:
+        """Add what codes (n * M,) uint8 of these levels stand for to vectors (n, D)."""
+        codes = codes.view(len(vectors), sum(len(self.columns[level]) for level in levels)).long()
+        for level in levels:
+            for m, columns in enumerate(self.columns[level]):
+                vectors[:, columns] += self.codewords[level][m, codes[:, m], : len(columns)]
+            codes = codes[:, len(self.columns[level]) :]
 
 
 def spans(starts: Tensor, lengths: Tensor) -> Tensor:

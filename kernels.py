@@ -106,6 +106,40 @@ def scaled_max(typing, best, row, factor):
     return types.void(_address, _address, _int), generate
 
 
+def _load_distances(builder, address):
+    distances = builder.load(builder.inttoptr(address, ir.VectorType(ir.FloatType(), 256).as_pointer()))
+    distances.align = 4
+    return distances
+
+
+@intrinsic
+def lowest(typing, distances):
+    """The least of 256 distances, fp32, at an address."""
+
+    def generate(context, builder, signature, args):
+        vector = _load_distances(builder, args[0])
+        kind = ir.FunctionType(ir.FloatType(), [vector.type])
+        function = builder.module.declare_intrinsic("llvm.vector.reduce.fmin.v256f32", fnty=kind)
+        return builder.call(function, [vector], fastmath=("nnan",))
+
+    return types.float32(_address), generate
+
+
+@intrinsic
+def position(typing, distances, value):
+    """Where a value is first among 256 distances, fp32, at an address; it must be there."""
+
+    def generate(context, builder, signature, args):
+        vector, wanted = _load_distances(builder, args[0]), ir.Constant(ir.VectorType(ir.FloatType(), 256), ir.Undefined)
+        wanted = builder.insert_element(wanted, args[1], ir.Constant(ir.IntType(32), 0))
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), 256), [0] * 256)
+        equal = builder.fcmp_ordered("==", vector, builder.shuffle_vector(wanted, wanted, zeros))
+        bits = builder.bitcast(equal, ir.IntType(256))
+        return builder.trunc(builder.cttz(bits, ir.Constant(ir.IntType(1), 1)), _I64)
+
+    return types.int64(_address, types.float32), generate
+
+
 @intrinsic
 def prefetch(typing, address):
     """Ask for the cache line of an address, which will be read soon."""
@@ -333,34 +367,77 @@ def first_codewords(vectors, edges, chances, codewords):
 
 
 @njit(nogil=True, cache=True, fastmath=True)
-def quantise(vectors, books, edges, codes, rebuilt):
-    """The nearest codeword of each part of each vector (product quantisation).
+def quantise(vectors, coarse, fine, coarse_edges, fine_edges, within, n_candidates, codes, rebuilt):
+    """Codewords for the parts of each vector, and for the finer parts of what those leave over.
 
-    vectors (n, D) fp32; books (M, 256, d), of which part m uses edges[m + 1] - edges[m] columns; writes codes (n, M)
-    uint8 and the codewords themselves, rebuilt (n, D).
+    vectors (n, D) fp32; coarse (P, 256, d) and fine (Q, 256, e): codewords, of which part m uses edges[m + 1] -
+    edges[m] columns; within (P + 1,): the fine parts that part m is made of. Of the n_candidates coarse codewords
+    nearest to a part that one is taken whose fine codewords leave least over.
+    Writes codes (n, P + Q) uint8, and the codewords themselves: rebuilt (2, n, D), the coarse ones, and both.
     """
-    M, K, d = books.shape
-    columns, halves, distances = np.empty((d, K), np.float32), np.empty(K, np.float32), np.empty(K, np.float32)
-    for m in range(M):
-        first, width = edges[m], edges[m + 1] - edges[m]
-        halves[:] = 0
-        for j in range(width):
-            for k in range(K):
-                columns[j, k] = books[m, k, j]
-                halves[k] += np.float32(0.5) * columns[j, k] * columns[j, k]
+    P = len(coarse)
+    columns, halves = transpose(coarse, coarse_edges)
+    fine_columns, fine_halves = transpose(fine, fine_edges)
+    # room for columns past the last part: they are zeros, so that nothing comes of what stands there
+    width = columns.shape[1]
+    whole, left = np.zeros(vectors.shape[1] + width, np.float32), np.zeros(vectors.shape[1] + width, np.float32)
+    distances, nearest = np.empty(256, np.float32), np.empty(n_candidates, np.int64)
+    distances_at = distances.ctypes.data
+    for m in range(P):
+        first, stop = coarse_edges[m], coarse_edges[m + 1]
         for i in range(len(vectors)):
-            for k in range(K):
-                distances[k] = halves[k]
-            for j in range(width):
-                value = vectors[i, first + j]
-                for k in range(K):
-                    distances[k] -= value * columns[j, k]
-            least = distances[0]
-            for k in range(K):
-                least = min(least, distances[k])
-            code = 0
-            while distances[code] != least:
-                code += 1
-            codes[i, m] = code
-            for j in range(width):
-                rebuilt[i, first + j] = columns[j, code]
+            whole[first:stop] = vectors[i, first:stop]
+            least = measure(whole, first, columns, halves, m, distances)
+            for c in range(n_candidates):
+                nearest[c] = position(distances_at, least)
+                distances[nearest[c]] = np.float32(1e30)
+                least = lowest(distances_at)
+            chosen, least = nearest[0], np.float32(1e30)
+            for c in range(n_candidates if n_candidates > 1 else 0):
+                error = np.float32(0)
+                for j in range(first, stop):
+                    left[j] = whole[j] - coarse[m, nearest[c], j - first]
+                    error += np.float32(0.5) * left[j] * left[j]
+                for part in range(within[m], within[m + 1]):
+                    error += measure(left, fine_edges[part], fine_columns, fine_halves, part, distances)
+                if error < least:
+                    chosen, least = nearest[c], error
+            codes[i, m] = chosen
+            for j in range(first, stop):
+                rebuilt[0, i, j] = rebuilt[1, i, j] = coarse[m, chosen, j - first]
+                left[j] = whole[j] - coarse[m, chosen, j - first]
+            for part in range(within[m], within[m + 1]):
+                least = measure(left, fine_edges[part], fine_columns, fine_halves, part, distances)
+                code = position(distances_at, least)
+                codes[i, P + part] = code
+                for j in range(fine_edges[part], fine_edges[part + 1]):
+                    rebuilt[1, i, j] += fine[part, code, j - fine_edges[part]]
+
+
+@njit(nogil=True, cache=True, fastmath=True)
+def transpose(words, edges):
+    """Codewords (M, 256, d) as columns (M, d, 256), an even number of them, and halves of their squares (M, 256)."""
+    M, width = len(words), words.shape[2] + words.shape[2] % 2
+    columns, halves = np.zeros((M, width, 256), np.float32), np.zeros((M, 256), np.float32)
+    for m in range(M):
+        for j in range(edges[m + 1] - edges[m]):
+            for k in range(256):
+                columns[m, j, k] = words[m, k, j]
+                halves[m, k] += np.float32(0.5) * words[m, k, j] * words[m, k, j]
+    return columns, halves
+
+
+@njit(nogil=True, cache=True, fastmath=True)
+def measure(vector, start, columns, halves, m, distances):
+    """Half the squared distances (256,) of a vector, from `start` on, to codewords of part m, less what all share.
+
+    Returns the least. Two columns a time: what is in memory is more work than the products.
+    """
+    a, b = vector[start], vector[start + 1]
+    for k in range(256):
+        distances[k] = halves[m, k] - a * columns[m, 0, k] - b * columns[m, 1, k]
+    for j in range(2, columns.shape[1], 2):
+        a, b = vector[start + j], vector[start + j + 1]
+        for k in range(256):
+            distances[k] -= a * columns[m, j, k] + b * columns[m, j + 1, k]
+    return lowest(distances.ctypes.data)

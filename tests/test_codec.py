@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import codec as codec_module
 import kernels
 from artifact import InputError
 from codec import Book, Codec, Codes, code_bytes, deal, find_parents, parts_of, principal_directions
@@ -134,17 +135,31 @@ def test_long_passages_of_equal_tokens():
         codec.encode(np.repeat(values, 2, axis=0), np.array([1600]))
 
 
-def test_product_quantisation_finds_the_nearest_codewords():
+def distances_to(parts: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Squared distances (n, 256) of vectors (n, d) to codewords (256, e), which end in zeros from d on."""
+    return ((parts[:, None] - words[:, : parts.shape[1]]) ** 2).sum(-1)
+
+
+@pytest.mark.parametrize("coarse, fine", [(4, 4), (2, 7), (3, 10)])
+def test_codewords_are_the_best_of_the_candidates(coarse, fine):
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(500, 10)).astype(np.float32)
-    book = Book.train(vectors, 4, rng)
-    codes, rebuilt = book.encode(vectors)
+    book = Book.train(vectors, coarse, fine, rng)
+    codes, rebuilt_coarse, rebuilt = book.encode(vectors)
     assert np.allclose(book.decode(codes), rebuilt, atol=1e-5)
-    rotated = vectors[:, book.columns]
-    for m, (start, stop) in enumerate(zip(book.edges[:-1], book.edges[1:], strict=True)):
-        distances = ((rotated[:, None, start:stop] - book.codewords[m, :, : stop - start]) ** 2).sum(-1)
-        chosen = np.take_along_axis(distances, codes[:, m : m + 1].astype(int), 1)[:, 0]
-        assert np.allclose(chosen, distances.min(1), atol=1e-4)
+    assert np.allclose(book.decode(codes[:, :coarse]), rebuilt_coarse, atol=1e-5)
+    ordered = vectors[:, book.columns]
+    for m in range(coarse):
+        part, words = ordered[:, slice(*book.edges[0][m : m + 2])], book.codewords[0][m]
+        near = np.argsort(distances_to(part, words), 1)[:, : codec_module.CANDIDATES]
+        errors = np.zeros(near.shape, np.float32)
+        for c in range(near.shape[1]):
+            left = part - words[near[:, c], : part.shape[1]]
+            for q in range(*book.within[m : m + 2]):
+                columns = slice(*(book.edges[1][q : q + 2] - book.edges[0][m]))
+                errors[:, c] += distances_to(left[:, columns], book.codewords[1][q]).min(1)
+        chosen = ((ordered - rebuilt[:, book.columns])[:, slice(*book.edges[0][m : m + 2])] ** 2).sum(1)
+        assert np.allclose(chosen, errors.min(1), atol=1e-4)
 
 
 def test_rotation_is_orthogonal_and_parts_are_balanced():
