@@ -60,7 +60,7 @@ def code_bytes(dim: int, bits: int, share: float) -> tuple[int, int, int]:
     """
     even = lambda value, least: max(least, min(dim, int(value)) // 2 * 2)  # noqa: E731
     budget = bits * dim / 8 + dim / 32 - OVERHEAD
-    follower = even(bits * dim / 8 - 3 * dim / 32, 2)
+    follower = even(7 * bits * dim / 64 - dim / 16, 2)
     both = (budget - (1 - share) * (2 + follower)) / share - 5
     coarse = even(min((2 if bits == 1 else 3) * dim / 32, both / 2), 2)
     fine = even(both - coarse, coarse)

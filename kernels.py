@@ -130,7 +130,8 @@ def position(typing, distances, value):
     """Where a value is first among 256 distances, fp32, at an address; it must be there."""
 
     def generate(context, builder, signature, args):
-        vector, wanted = _load_distances(builder, args[0]), ir.Constant(ir.VectorType(ir.FloatType(), 256), ir.Undefined)
+        vector = _load_distances(builder, args[0])
+        wanted = ir.Constant(vector.type, ir.Undefined)
         wanted = builder.insert_element(wanted, args[1], ir.Constant(ir.IntType(32), 0))
         zeros = ir.Constant(ir.VectorType(ir.IntType(32), 256), [0] * 256)
         equal = builder.fcmp_ordered("==", vector, builder.shuffle_vector(wanted, wanted, zeros))
