@@ -87,6 +87,7 @@ class Tables(NamedTuple):
 
     centroids: np.ndarray  # (C, LANES)
     books: list[np.ndarray]  # (M, 256, LANES): coarse, fine, follower
+    rough: list[np.ndarray]  # centroids and the coarse book in bytes, see kernels.rough
 
 
 class Codes(NamedTuple):
@@ -381,7 +382,8 @@ class Codec:
         similarities = self._multiplied @ padded.T.to(self._multiplied.dtype)
         centroids = similarities.float().round_().to(torch.int16).numpy()
         first, follower = (book.tables(padded) for book in self.books)
-        return Tables(centroids, [first[: self.M[0]], first[self.M[0] :], follower])
+        books = [first[: self.M[0]], first[self.M[0] :], follower]
+        return Tables(centroids, books, [kernels.rough(centroids), kernels.rough(books[0])])
 
     @cached_property
     def _multiplied(self) -> Tensor:

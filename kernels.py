@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 LANES = 32  # query tokens scored at a time
 ROW = 2 * LANES  # bytes of their scores
 SCALE = 16000  # so that similarities up to 2 fit in 16 bits
+ROUGH = 7  # bits that scores lose where a byte holds them
 FACTOR = 1 << 14  # a factor of 1.0
 FINAL = SCALE * FACTOR / (1 << 16)
 LONGEST = 1 << 10  # tokens of a passage
@@ -22,12 +23,13 @@ MOST_PARENTS = 256  # representatives that a byte can name
 
 _I8, _I16, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(64)
 _VECTOR, _WIDE = ir.VectorType(_I16, LANES), ir.VectorType(ir.IntType(32), LANES)
+_ROUGH = ir.VectorType(_I8, LANES)
 _address, _int = types.intp, types.int64
 
 
-def _load_row(builder, address):
-    row = builder.load(builder.inttoptr(address, _VECTOR.as_pointer()))
-    row.align = 2
+def _load_row(builder, address, kind=_VECTOR):
+    row = builder.load(builder.inttoptr(address, kind.as_pointer()))
+    row.align = kind.element.width // 8
     return row
 
 
@@ -35,14 +37,20 @@ def _store_row(builder, row, address):
     builder.store(row, builder.inttoptr(address, _VECTOR.as_pointer())).align = 2
 
 
-def _sum_rows(builder, base, tables, codes, n):
-    """base[:] + sum over m < n of tables[m, codes[m], :]."""
+def _sum_rows(builder, base, tables, codes, n, kind=_VECTOR):
+    """base[:] + sum over m < n of tables[m, codes[m], :]; bytes stay within their range."""
     constant = lambda value: ir.Constant(_I64, value)  # noqa: E731
-    start, first = builder.block, _load_row(builder, base)
+    size = LANES * kind.element.width // 8
+    if kind is _ROUGH:
+        function = builder.module.declare_intrinsic(f"llvm.sadd.sat.v{LANES}i8", fnty=ir.FunctionType(kind, [kind] * 2))
+        add = lambda a, b: builder.call(function, [a, b])  # noqa: E731
+    else:
+        add = builder.add
+    start, first = builder.block, _load_row(builder, base, kind)
     loop, end = builder.append_basic_block(), builder.append_basic_block()
     builder.branch(loop)
     builder.position_at_end(loop)
-    m, row = builder.phi(_I64), builder.phi(_VECTOR)
+    m, row = builder.phi(_I64), builder.phi(kind)
     m.add_incoming(constant(0), start)
     row.add_incoming(first, start)
     total = row
@@ -50,7 +58,7 @@ def _sum_rows(builder, base, tables, codes, n):
         at = builder.add(m, constant(step))
         code = builder.load(builder.inttoptr(builder.add(codes, at), _I8.as_pointer()))
         index = builder.add(builder.shl(at, constant(8)), builder.zext(code, _I64))
-        total = builder.add(total, _load_row(builder, builder.add(tables, builder.mul(index, constant(ROW)))))
+        total = add(total, _load_row(builder, builder.add(tables, builder.mul(index, constant(size))), kind))
     following = builder.add(m, constant(2))
     m.add_incoming(following, loop)
     row.add_incoming(total, loop)
@@ -89,6 +97,19 @@ def add_rows_max(typing, base, tables, codes, n, best, factor):
     def generate(context, builder, signature, args):
         *parts, best, factor = args
         _update_max(builder, best, _sum_rows(builder, *parts), factor)
+        return context.get_dummy_value()
+
+    return types.void(_address, _address, _address, _int, _address, _int), generate
+
+
+@intrinsic
+def add_rough_rows_max(typing, base, tables, codes, n, best, factor):
+    """As add_rows_max, where base and tables are bytes, without their last ROUGH bits; best is not."""
+
+    def generate(context, builder, signature, args):
+        *parts, best, factor = args
+        row = builder.sext(_sum_rows(builder, *parts, kind=_ROUGH), _VECTOR)
+        _update_max(builder, best, builder.shl(row, ir.Constant(_VECTOR, [ROUGH] * LANES)), factor)
         return context.get_dummy_value()
 
     return types.void(_address, _address, _address, _int, _address, _int), generate
@@ -161,7 +182,8 @@ def score_coarse(rows, coarse, offsets, sizes, M, centroids, table, factors, sco
     """Add the MaxSim of passages `rows` (n,) with up to LANES query tokens to scores (n,) int32, by coarse codes.
 
     coarse, offsets (N + 1, 2), sizes (N, 2): as codec.Codec.encode and passage_bytes say; M: bytes of a code.
-    centroids (C, LANES), table (M[0], 256, LANES): similarities, int16; factors (256,): what a byte of norm stands for.
+    centroids (C, LANES), table (M[0], 256, LANES): what `rough` makes of similarities; factors (256,): what a byte of
+    norm stands for.
     """
     best = np.empty(LANES, np.int16)
     best_at = best.ctypes.data
@@ -173,11 +195,20 @@ def score_coarse(rows, coarse, offsets, sizes, M, centroids, table, factors, sco
         best[:] = -32768
         for t in range(n):
             centroid = np.int64(coarse[start + 2 * t]) + 256 * np.int64(coarse[start + 2 * t + 1])
-            centroid_at, factor = centroids.ctypes.data + centroid * ROW, factors[coarse[start + 2 * n + t]]
-            add_rows_max(centroid_at, table.ctypes.data, codes_at, M[0], best_at, factor)
+            centroid_at, factor = centroids.ctypes.data + centroid * LANES, factors[coarse[start + 2 * n + t]]
+            add_rough_rows_max(centroid_at, table.ctypes.data, codes_at, M[0], best_at, factor)
             codes_at += M[0]
         for lane in range(LANES):
             scores[i] += best[lane]
+
+
+@njit(nogil=True, cache=True)
+def rough(similarities):
+    """Similarities, int16, rounded to bytes: half of what a look-up has to fetch."""
+    flat, found = similarities.ravel(), np.empty(similarities.size, np.int8)
+    for i in range(len(flat)):
+        found[i] = min(127, (np.int32(flat[i]) + (1 << (ROUGH - 1))) >> ROUGH)
+    return found.reshape(similarities.shape)
 
 
 @njit(nogil=True, cache=True)

@@ -52,7 +52,7 @@ class Effort(NamedTuple):
 
 QUALITY = {  # nprobe; the others as so many and so many more for each passage that is asked for
     "fast": (8, (512, 6), (32, 3), (4, 1)),
-    "default": (16, (1800, 22), (80, 5), (8, 2)),
+    "default": (32, (3000, 22), (120, 6), (10, 2)),
     "best": (64, (8000, 50), (300, 10), (20, 4)),
 }
 
@@ -266,7 +266,7 @@ class CompressedIndex:
                     arrays = (segment.coarse, segment.fine, *files, codec.M, table.centroids, *table.books)
                     kernels.score_fine(local, *arrays, codec.factors, found)
                 else:
-                    arrays = (segment.coarse, *files, codec.M, table.centroids, table.books[0])
+                    arrays = (segment.coarse, *files, codec.M, *table.rough)
                     kernels.score_coarse(local, *arrays, codec.factors[0], found)
         return scores / np.float32(FINAL)
 

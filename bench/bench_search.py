@@ -59,6 +59,7 @@ class System(NamedTuple):
 OURS = {name: name for name in QUALITY}
 IVFPQ = {  # nprobe, faiss_depth, rerank_depth
     "nprobe 8, depth 100, rerank 250": (8, 100, 250),
+    "nprobe 8, depth 128, rerank 400": (8, 128, 400),
     "nprobe 8, depth 256, rerank 1000": (8, 256, 1000),
     "nprobe 32, depth 1024, rerank 4000": (32, 1024, 4000),
 }

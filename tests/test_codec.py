@@ -80,11 +80,11 @@ def test_scores_of_representatives():
     assert codes.sizes.sum() == len(values)
     query, scores = make_query(7, 6), np.zeros(20, np.int32)
     tables, arrays = codec.tables(query), (codes.coarse, offsets_of(codec, codes), codes.sizes, codec.M)
-    kernels.score_coarse(np.arange(20), *arrays, tables.centroids, tables.books[0], codec.factors[0], scores)
+    kernels.score_coarse(np.arange(20), *arrays, *tables.rough, codec.factors[0], scores)
     parts = np.split(codes.coarse, offsets_of(codec, codes)[1:-1, 0])
     decoded = [codec.decode(part, None, size) for part, size in zip(parts, codes.sizes, strict=True)]
     slow = [(query.numpy() @ vectors.T).max(1).sum() for vectors in decoded]
-    assert np.allclose(scores / FINAL, slow, atol=0.005 * 7)  # bf16
+    assert np.allclose(scores / FINAL, slow, atol=0.02 * 7)  # bytes
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
