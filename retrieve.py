@@ -144,14 +144,15 @@ class Searcher:
         pids = self.pids.text(rows)
         if self.collection is None:
             return [Hit(pid, score, None) for pid, score in zip(pids, scores.tolist(), strict=True)]
-        hits = []
-        for row, pid, score in zip(rows.tolist(), pids, scores.tolist(), strict=True):
-            found, text = self.collection[row] if row < len(self.collection) else (None, None)
-            if found != pid and self.codes is not None and self.codes.was_changed:
-                text = None  # added later, or rows have moved
-            elif found != pid:
+        hits, lines = [], self.codes.origin(rows) if self.codes else rows
+        for line, pid, score in zip(lines.tolist(), pids, scores.tolist(), strict=True):
+            if line < 0:  # added to the index later
+                hits.append(Hit(pid, score, None))
+                continue
+            found, text = self.collection[line] if line < len(self.collection) else (None, None)
+            if found != pid:
                 raise InputError(
-                    f"{self.collection.path}:{row + 1}: pid {found!r}, but {pid!r} in {self.index_dir}: "
+                    f"{self.collection.path}:{line + 1}: pid {found!r}, but {pid!r} in {self.index_dir}: "
                     "give the collection that the index was made from"
                 )
             hits.append(Hit(pid, score, text))

@@ -38,6 +38,7 @@ warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # me
 Ranking = tuple[np.ndarray, np.ndarray]  # rows of passages and their scores, the best first
 EXACT_TOKENS = 4096  # embeddings scored exactly at a time
 COMPACT_PASSAGES = 4096  # passages copied at a time
+FIRST = "1"  # the segment that an index is built with
 BLOCK = 1 << 16  # passages whose inverted lists are kept together
 
 
@@ -134,6 +135,7 @@ class Segment:
         self.sizes, self.lists, self.starts = (self._load(name) for name in ("sizes", "lists", "starts"))
         self.pids = Ids(self.folder / "pids.npy")
         self.alive = np.load(self.folder / alive) if alive else np.ones(len(self), bool)  # (n,), not to be written to
+        self.origins = self._load("origins") if (self.folder / "origins.npy").is_file() else None
         self.vectors = None
         if (self.folder / "vectors.npy").is_file():
             offsets = np.append(0, self.sizes.sum(1, dtype=np.int64).cumsum())
@@ -144,6 +146,12 @@ class Segment:
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    def origin(self, rows: np.ndarray) -> np.ndarray:
+        """Where passages stand in the collection that the index was built from, (n,) int64; -1: added later."""
+        if self.origins is not None:
+            return self.origins[rows]
+        return rows if self.folder.name == FIRST else np.full(len(rows), -1)
 
 
 class CompressedIndex:
@@ -171,11 +179,6 @@ class CompressedIndex:
             self.n += len(self.segments[-1])
         self.keeps_vectors = all(segment.vectors is not None for segment in self.segments)
 
-    @property
-    def was_changed(self) -> bool:
-        """Whether the rows may be others than those of the collection that it was built from."""
-        return self.state["version"] > 1
-
     def __len__(self) -> int:
         """Passages, the deleted ones among them."""
         return self.n
@@ -183,6 +186,14 @@ class CompressedIndex:
     def alive(self) -> np.ndarray:
         """Whether each row is there, (n,) bool."""
         return np.concatenate([np.zeros(0, bool), *(segment.alive for segment in self.segments)])
+
+    def origin(self, rows: np.ndarray) -> np.ndarray:
+        """Where the given rows stand in the collection that the index was built from, (n,) int64; -1: added later."""
+        found = np.empty(len(rows), np.int64)
+        for segment in self.segments:
+            here = (rows >= segment.first_row) & (rows < segment.first_row + len(segment))
+            found[here] = segment.origin(rows[here] - segment.first_row)
+        return found
 
     def text(self, rows: np.ndarray) -> list[str]:
         """Ids of the given rows."""
@@ -357,13 +368,13 @@ def create(folder, codec: Codec, blocks: Iterable, vectors=None) -> None:
     """
     folder = Path(folder)
     codec.save(folder)
-    writer = SegmentWriter(folder / "segments" / "1", codec, keep_vectors=False)
+    writer = SegmentWriter(folder / "segments" / FIRST, codec, keep_vectors=False)
     for codes, pids in blocks:
         writer.append(codes, pids)
     writer.close()
     if vectors is not None:
         link(Path(vectors), writer.folder / "vectors.npy")
-    write_json(folder / "state.json", {"version": 1, "segments": [{"name": "1", "alive": None}]})
+    write_json(folder / "state.json", {"version": 1, "segments": [{"name": FIRST, "alive": None}]})
 
 
 def add(folder, blocks: Iterable) -> int:
@@ -409,6 +420,7 @@ def compact(folder) -> int:
     with changing(folder) as state:
         index, name = CompressedIndex(folder), str(state["version"])
         writer = SegmentWriter(Path(folder) / "segments" / name, index.codec, index.keeps_vectors)
+        np.save(writer.folder / "origins.npy", index.origin(np.flatnonzero(index.alive())))
         for segment in index.segments:
             alive = np.flatnonzero(segment.alive)
             for rows in np.array_split(alive, math.ceil(len(alive) / COMPACT_PASSAGES) or 1):

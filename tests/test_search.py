@@ -307,7 +307,8 @@ def test_another_collection_is_refused(codes_dir, model_dir, tmp_path):
         Searcher(codes_dir, model_dir, "cpu", collection=tmp_path / "other.tsv").search("red apple")
 
 
-def test_update_stage(codes_dir, model_dir, tmp_path):
+def test_update_stage(codes_dir, model_dir, toy_dir, tmp_path):
+    texts = dict(line.split("\t") for line in (toy_dir / "collection.tsv").read_text().splitlines())
     index = shutil.copytree(codes_dir, tmp_path / "index")
     (tmp_path / "more.tsv").write_text("new1\tred apple red apple\nnew2\tgreen apple\n")
     flags = ["--index_dir", index, "--model", model_dir, "--cpu"]
@@ -318,8 +319,9 @@ def test_update_stage(codes_dir, model_dir, tmp_path):
     (tmp_path / "pids.txt").write_text("new1\n" + pids[-1] + "\n")
     succeed(call_stage("update_index.py", "--index_dir", index, "--delete", tmp_path / "pids.txt"))
     succeed(call_stage("update_index.py", "--index_dir", index, "--compact"))
-    left = {hit.pid for hit in Searcher(index, model_dir, "cpu").search("red apple", k=100)}
-    assert left == set(pids) - {"new1", pids[-1]}
+    hits = Searcher(index, model_dir, "cpu", toy_dir / "collection.tsv").search("red apple", k=100)
+    left = set(pids) - {"new1", pids[-1]}
+    assert {hit.pid: hit.text for hit in hits} == {pid: texts.get(pid) for pid in left}  # though the rows have moved
 
 
 @pytest.mark.parametrize(
