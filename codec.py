@@ -6,9 +6,11 @@ passage's tokens are split into representatives and followers. A representative 
 follower is coded as its difference from its representative as decoded: a small one, hence few bytes. Differences are
 coded by product quantisation (Jégou et al., TPAMI 2011): M parts, each replaced by the nearest of 256 codewords, one
 byte; before, all is rotated on the principal directions of the differences, which are dealt out so that every part
-gets its share of the variance (Ge et al., CVPR 2013). A last byte brings a decoded vector to unit length. Residuals to
-centroids are ColBERTv2's (arXiv 2112.01488), near-duplicates within a passage those of Clavié et al.
-(arXiv 2409.14683), who average them away. LOG.md has what else was measured.
+gets its share of the variance (Ge et al., CVPR 2013). What is left over of a coarse part is coded in finer parts of
+it, and the coarse codeword is the one that leaves least in the end (as in additive quantisation, Babenko and
+Lempitsky, CVPR 2014), which costs no byte and takes a sixth to a third off the error. A last byte brings a decoded
+vector to unit length. Residuals to centroids are ColBERTv2's (arXiv 2112.01488), near-duplicates within a passage those
+of Clavié et al. (arXiv 2409.14683), who average them away. LOG.md has what else was measured.
 
 The coarse codes alone order many passages, the fine ones the best of them (search.py). The dot product of a query token
 with a decoded token is a sum of look-ups: one for the centroid, one a part. Scores of 32 query tokens lie side by side,
