@@ -40,7 +40,7 @@ from artifact import read_meta, write_json
 from model import ColBERT
 from ragged import Ragged
 from retrieve import Searcher
-from search import QUALITY, CompressedIndex, effort_for
+from search import CompressedIndex, effort_for
 from tsv import read_queries
 
 KS = (10, 100)
@@ -56,7 +56,13 @@ class System(NamedTuple):
     peer: str | None = None
 
 
-OURS = {name: name for name in QUALITY}
+OURS = {  # a quality, and knobs
+    "fast": ("fast", {}),
+    "nprobe 16, n_coarse 2000": ("default", {"nprobe": 16, "n_coarse": 2000}),
+    "default": ("default", {}),
+    "nprobe 48, n_coarse 6400": ("default", {"nprobe": 48, "n_coarse": 6400}),
+    "best": ("best", {}),
+}
 IVFPQ = {  # nprobe, faiss_depth, rerank_depth
     "nprobe 8, depth 100, rerank 250": (8, 100, 250),
     "nprobe 8, depth 128, rerank 400": (8, 128, 400),
@@ -159,7 +165,7 @@ def open_ours(name: str, vectors: Path, index: Path):
         return lambda query, k, _: searcher.exact(query[None], k)[0][0]
     if name != "ivfpq":
         codes = CompressedIndex(index)
-        return lambda query, k, quality: codes.search(query, k, effort_for(quality, k))[0]
+        return lambda query, k, effort: codes.search(query, k, effort_for(effort[0], k, **effort[1]))[0]
     searcher = Searcher(index, device="cpu")
     searcher.faiss  # noqa: B018 - opened when first asked for
 
