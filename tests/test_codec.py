@@ -84,7 +84,7 @@ def test_scores_of_representatives():
     parts = np.split(codes.coarse, offsets_of(codec, codes)[1:-1, 0])
     decoded = [codec.decode(part, None, size) for part, size in zip(parts, codes.sizes, strict=True)]
     slow = [(query.numpy() @ vectors.T).max(1).sum() for vectors in decoded]
-    assert np.allclose(scores / FINAL, slow, atol=0.02 * 7)  # bytes
+    assert np.allclose(scores / FINAL, slow, atol=0.005 * 7)  # bf16, bytes
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -107,8 +107,11 @@ def test_blocks_do_not_matter(codec, monkeypatch):
     passages = make_passages(30, 8)
     whole = codec.encode(*passages)
     monkeypatch.setattr("codec.ENCODE_TOKENS", 50)
-    for ours, theirs in zip(whole, codec.encode(*passages), strict=True):
+    parts = codec.encode(*passages)
+    for ours, theirs in zip(whole, parts, strict=True):
         assert np.mean(ours == theirs) > 0.99  # products of another shape may round otherwise, and a code be as good
+    for ours, theirs in zip(decode_all(codec, whole), decode_all(codec, parts), strict=True):
+        assert np.allclose(ours, theirs, atol=0.01)
 
 
 def test_followers_follow_a_near_representative():

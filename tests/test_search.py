@@ -123,7 +123,8 @@ def test_more_effort_is_not_worse(codec, tmp_path):
     passages = block(2000, 2)
     index, truth = CompressedIndex(make_index(tmp_path / "index", codec, passages)), decoded(codec, *passages)
     found = {}
-    for name, effort in {"little": Effort(1, 20, 1, 1), **{name: effort_for(name, 10) for name in QUALITY}}.items():
+    efforts = {name: effort_for(name, 10) for name in QUALITY}
+    for name, effort in {"little": Effort(1, 20, 1, 1), **efforts, "all": EVERYTHING}.items():
         overlap = 0
         for seed in range(20):
             query = make_query(8, seed)
@@ -132,7 +133,8 @@ def test_more_effort_is_not_worse(codec, tmp_path):
             overlap += len(set(best) & set(index.text(index.search(query, 10, effort)[0])))
         found[name] = overlap / 200
     assert found["little"] < found["best"] and found["fast"] <= found["default"] + 0.02
-    assert found["best"] > 0.85  # it scores every passage by its codes; what is left is rounding
+    assert found["best"] > 0.85  # coarse codes choose 400 of the 2,000; here they are weak, trained on a small sample
+    assert found["all"] > 0.98  # every passage by all its codes: what is left is rounding
 
 
 def test_random_changes_against_a_dictionary(codec, tmp_path):
