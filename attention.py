@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import compute
 import fast_encoder
 
 NAME = "colbert"
@@ -39,10 +40,10 @@ class Packed(NamedTuple):
 def packable(encoder, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether texts can be packed: on a GPU, in 16 bits, by an encoder that is told the positions; without dropout.
 
-    On a CPU, in bf16, where fast_encoder.py has the encoder, and without gradients.
+    On a CPU where fast_encoder.py has the encoder, and without gradients.
     """
     if device.type == "cpu":
-        return dtype == torch.bfloat16 and fast_encoder.supports(encoder)
+        return fast_encoder.supports(encoder, dtype)
     rates = (rate for key, rate in vars(encoder.config).items() if "attention" in key and "dropout" in key)
     return (
         device.type == "cuda"
@@ -50,6 +51,12 @@ def packable(encoder, device: torch.device, dtype: torch.dtype) -> bool:
         and encoder.config.model_type in PACKABLE
         and not (encoder.training and any(rates))
     )
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """The type that torch.autocast is set to here, fp32 where it is not on."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
 
 
 def pack(*batches: tuple[Tensor, Tensor, Tensor]) -> Packed:
@@ -83,13 +90,13 @@ def encode_packed(encoder, texts: Packed) -> Tensor:
     kind = encoder.config.model_type
     assert encoder.config._attn_implementation == NAME, "another attention would not know where a text ends"
     first = encoder.config.pad_token_id + 1 if kind in COUNT_FROM_PADDING else 0
-    if texts.input_ids.device.type == "cpu" and fast_encoder.supports(encoder):
+    dtype = compute_dtype(texts.input_ids.device)
+    if texts.input_ids.device.type == "cpu" and fast_encoder.supports(encoder, dtype):
         lengths, keys = texts.offsets.diff(), texts.key_offsets.diff()
         attended = texts.position_ids[0] < keys.repeat_interleave(lengths)  # (T,)
         assert torch.equal(attended.nonzero()[:, 0], texts.keys), "keys are not the first positions of their texts"
-        return fast_encoder.encode(
-            encoder, texts.input_ids, texts.position_ids + first, lengths.tolist(), keys.tolist()
-        )
+        positions = texts.position_ids + first
+        return fast_encoder.encode(encoder, texts.input_ids, positions, lengths.tolist(), keys.tolist(), dtype)
     mask = {"full_attention": None, "sliding_attention": None} if kind == "modernbert" else None
     hidden = encoder(texts.input_ids, mask, position_ids=texts.position_ids + first, packed=texts).last_hidden_state
     return hidden[0]
@@ -122,7 +129,8 @@ def products(query, key, value, mask: Tensor | None = None, dropout=0.0, scaling
         scores = query * (query.shape[-1] ** -0.5 if scaling is None else scaling) @ key.transpose(-2, -1)
         if mask is not None:
             scores = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)  # a row of -inf would give nan
-        return torch.dropout(scores.softmax(-1), dropout, dropout > 0) @ value
+        weights = scores.softmax(-1)
+        return (compute.dropout(weights, dropout) if dropout else weights) @ value
 
 
 def varlen(query, key, value, packed: Packed, scaling: float | None, window: int | None) -> Tensor:

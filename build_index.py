@@ -21,11 +21,11 @@ from pathlib import Path
 import faiss
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from artifact import InputError, fingerprint, link, publish, read_meta, run_stage, seen_from, write_meta
 from codec import BITS, MOST_CENTROIDS, PER_CENTROID, Codec, Codes, default_nlist, sample_passages
 from model import default_device
+from progress import progress
 from ragged import Ids, Ragged, neighbours
 from search import create
 
@@ -59,7 +59,7 @@ def make_index(dim: int, nlist: int, m: int, nbits: int, seed: int):
 def fill(index, embeddings: Ragged) -> None:
     """Add every embedding, in order: faiss's id is the position in embeddings.values."""
     starts = range(0, len(embeddings.values), BLOCK)
-    for start in tqdm(starts, disable=None, desc="add", unit=" blocks"):
+    for start in progress(starts, desc="add", unit=" blocks"):
         index.add(embeddings.values[start : start + BLOCK].astype(np.float32))
 
 
@@ -118,7 +118,7 @@ def build_codes(embeddings: Ragged, args, partial: Path) -> dict:
 
     def blocks():
         slices = neighbours(np.diff(embeddings.offsets), CODES_BLOCK)
-        for part in tqdm(slices, disable=None, desc="compress", unit=" blocks"):
+        for part in progress(slices, desc="compress", unit=" blocks"):
             values, lengths = embeddings.slice(part.start, part.stop)
             yield codec.encode(values, lengths, device), pids.text(np.arange(part.start, part.stop))
 

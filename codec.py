@@ -34,8 +34,8 @@ from torch import Tensor
 
 import kernels
 from artifact import InputError
+from compute import fast_dtype
 from kernels import LANES, SCALE
-from maxsim import fast_dtype
 from ragged import neighbours
 
 BITS = (1, 2, 4, 8)

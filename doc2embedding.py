@@ -24,12 +24,12 @@ import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
-from tqdm import tqdm
 
 from artifact import InputError, fingerprint, publish, read_meta, run_stage, seen_from, write_json, write_meta
 from codec import BITS, MOST_CENTROIDS, PER_CENTROID, Codec, default_nlist, sample_passages
-from maxsim import fast_dtype
+from compute import fast_dtype
 from model import ColBERT, model_fingerprint
+from progress import progress
 from ragged import NpyWriter, Ragged, allocate_npy
 
 
@@ -64,9 +64,13 @@ def claim(folder: Path, source: str, lay_out) -> None:
         raise InputError(f"{folder}: holds something else, or embeddings of another model or collection: remove it")
 
 
-def embed_part(model: ColBERT, passages: Ragged, start: int, stop: int, folder: Path, number: int, args) -> None:
-    """Embed passages start ... stop - 1, write them to their place in values.npy, and mark the part as done."""
-    embeddings, counts, padding = model.embed_passages(*passages.slice(start, stop), args.tokens_per_batch)
+def embed_part(model: ColBERT, passages: Ragged, start: int, stop: int, folder: Path, number: int, args, done) -> None:
+    """Embed passages start ... stop - 1, write them to their place in values.npy, and mark the part as done.
+
+    done(n) is called whenever n passages have been embedded.
+    """
+    tokens = passages.slice(start, stop)
+    embeddings, counts, padding = model.embed_passages(*tokens, args.tokens_per_batch, done=done)
     offsets = np.load(folder / "offsets.npy", mmap_mode="r")[start : stop + 1]
     assert np.array_equal(counts, np.diff(offsets)), "kept tokens differ from the layout"
     if args.bits:
@@ -78,8 +82,8 @@ def embed_part(model: ColBERT, passages: Ragged, start: int, stop: int, folder: 
         with open(folder / "values.npy", "r+b") as file:
             file.seek(values.offset + int(offsets[0]) * embeddings[:1].nbytes)
             file.write(embeddings.data.cast("B"))
-    done = {"passages": stop - start, "embeddings": len(embeddings), "padding": float(padding)}
-    write_json(folder / "parts" / f"{number}.json", done)
+    facts = {"passages": stop - start, "embeddings": len(embeddings), "padding": float(padding)}
+    write_json(folder / "parts" / f"{number}.json", facts)
 
 
 def main(args):
@@ -107,20 +111,20 @@ def main(args):
 
     starts = range(0, n_passages, args.part_size)
     missing = [number for number in range(len(starts)) if not (folder / "parts" / f"{number}.json").exists()]
-    bar = tqdm(total=n_passages, disable=None if state.is_main_process else True, unit=" passages", unit_scale=True)
+    bar = progress(total=n_passages, show=state.is_main_process, desc="embed", unit=" passages", unit_scale=True)
     bar.update(max(0, n_passages - len(missing) * args.part_size))
+    done = lambda n: bar.update(n * state.num_processes)  # noqa: E731
     clock, embedded = time.time(), 0
     # On a GPU two parts are under way: while one is filtered, copied and written, the GPU computes the other.
     with ThreadPoolExecutor(2 if state.device.type == "cuda" else 1) as threads:
         jobs = {}
         for number in missing[state.process_index :: state.num_processes]:
             start, stop = starts[number], min(n_passages, starts[number] + args.part_size)
-            jobs[threads.submit(embed_part, model, passages, start, stop, folder, number, args)] = stop - start
+            jobs[threads.submit(embed_part, model, passages, start, stop, folder, number, args, done)] = stop - start
         try:
             for job in as_completed(jobs):
                 job.result()
                 embedded += jobs[job]
-                bar.update(jobs[job] * state.num_processes)
         except BaseException:
             threads.shutdown(cancel_futures=True)
             raise

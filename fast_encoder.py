@@ -1,12 +1,15 @@
-"""BERT-like encoders on a CPU's bf16, for embedding: packed texts, weights laid out for oneDNN, fused layers.
+"""BERT-like encoders on a CPU, for embedding: packed texts, in bf16 where the CPU computes in it, else in fp32.
 
-The same function as the encoder's own forward pass without dropout (Devlin et al., arXiv 1810.04805). It is faster than
-transformers' under autocast (LOG.md) because nothing is computed for padding and nothing is cast from layer to layer;
-queries, keys and values come from one product, and GELU is computed while a product's result is in the cache.
+The same function as the encoder's own forward pass without dropout (Devlin et al., arXiv 1810.04805), and faster than
+transformers' (LOG.md), because nothing is computed for padding. In bf16 weights are laid out for oneDNN, queries, keys
+and values come from one product, and GELU is computed while a product's result is in the cache. In fp32 products are
+written into buffers that all layers share, small enough for the cache, and texts of one length are attended to as they
+lie in them: nothing is copied.
 
 Shapes: B texts of at most L positions, T positions in all, H hidden, h heads of size d = H / h.
 """
 
+import itertools
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -45,8 +48,8 @@ class Layer(NamedTuple):
     last_norm: nn.LayerNorm
 
 
-def supports(encoder: nn.Module) -> bool:
-    """Whether `encode` can take the place of the encoder's own forward pass."""
+def supports(encoder: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether `encode` can take the place of the encoder's own forward pass, in this type."""
     config = encoder.config
     if config.model_type not in NAMES:
         return False
@@ -58,7 +61,14 @@ def supports(encoder: nn.Module) -> bool:
         and encoder.dtype == torch.float32
         and not encoder.training
         and not torch.is_grad_enabled()
-        and torch.backends.mkldnn.is_available()
+        and (dtype == torch.float32 or (dtype == torch.bfloat16 and has_bf16()))
+    )
+
+
+def has_bf16() -> bool:
+    """Whether PyTorch can have oneDNN compute in bf16 on this CPU."""
+    return (
+        torch.backends.mkldnn.is_available()
         and all(hasattr(torch.ops.mkldnn, name) for name in OPERATORS)
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
@@ -69,15 +79,73 @@ def stack(encoder: nn.Module) -> nn.ModuleList:
     return (encoder.transformer if hasattr(encoder, "transformer") else encoder.encoder).layer
 
 
-def encode(encoder: nn.Module, input_ids: Tensor, position_ids: Tensor, lengths: list[int], keys: list[int]) -> Tensor:
-    """Last hidden states (T, H), bf16, of B texts that lie one after the other.
+def encode(encoder: nn.Module, input_ids, position_ids, lengths: list[int], keys: list[int], dtype) -> Tensor:
+    """Last hidden states (T, H), of `dtype`, of B texts that lie one after the other.
 
     input_ids, position_ids (1, T); lengths (B,) of the texts, of which the first keys (B,) positions are attended to.
     """
-    hidden = encoder.embeddings(input_ids=input_ids, position_ids=position_ids)[0]
+    hidden = encoder.embeddings(input_ids=input_ids, position_ids=position_ids)[0]  # (T, H)
     if hasattr(encoder, "embeddings_project"):
         hidden = encoder.embeddings_project(hidden)
-    hidden = hidden.bfloat16()  # (T, H)
+    return (encode_bf16 if dtype == torch.bfloat16 else encode_fp32)(encoder, hidden.to(dtype), lengths, keys)
+
+
+# --------------------------------------------------------------------------------------------------------------- fp32
+
+
+def encode_fp32(encoder: nn.Module, hidden: Tensor, lengths: list[int], keys: list[int]) -> Tensor:
+    """Hidden states (T, H) after all layers."""
+    (T, H), inner = hidden.shape, stack(encoder)[0].get_submodule(NAMES[encoder.config.model_type][5]).out_features
+    qkv, wide, narrow = hidden.new_empty(T, 3, H), hidden.new_empty(T, inner), hidden.new_empty(T, H)
+    runs = equal_runs(lengths, keys)
+    for layer in stack(encoder):
+        *projections, out, norm, up, down, last_norm = map(layer.get_submodule, NAMES[encoder.config.model_type])
+        for part, place in zip(projections, qkv.unbind(1), strict=True):
+            product(hidden, part, place)
+        attend(qkv, encoder.config.num_attention_heads, runs, narrow)
+        hidden = add_norm(product(narrow, out, hidden.new_empty(T, H)), hidden, norm)
+        torch.ops.aten.gelu_(product(hidden, up, wide))
+        hidden = add_norm(product(wide, down, narrow), hidden, last_norm)
+    return hidden
+
+
+def product(x: Tensor, part: nn.Linear, out: Tensor) -> Tensor:
+    return torch.addmm(part.bias, x, part.weight.T, out=out)
+
+
+class Run(NamedTuple):
+    """Texts of one length, one after the other."""
+
+    first: int  # where the first one begins
+    n: int  # texts
+    length: int
+    mask: Tensor | None  # (n, 1, 1, length) true where a position is attended to; None: all are
+
+
+def equal_runs(lengths: list[int], keys: list[int]) -> list[Run]:
+    runs, first = [], 0
+    for length, texts in itertools.groupby(zip(lengths, keys, strict=True), key=lambda text: text[0]):
+        counts = torch.tensor([count for _, count in texts])
+        mask = None if (counts == length).all() else (torch.arange(length) < counts[:, None])[:, None, None]
+        runs.append(Run(first, len(counts), length, mask))
+        first += len(counts) * length
+    return runs
+
+
+def attend(qkv: Tensor, heads: int, runs: list[Run], out: Tensor) -> None:
+    """Attention within each text, of qkv (T, 3, H), written to out (T, H)."""
+    for first, n, length, mask in runs:
+        here = slice(first, first + n * length)
+        parts = qkv[here].view(n, length, 3, heads, -1).permute(2, 0, 3, 1, 4)  # (3, n, h, length, d)
+        attended = F.scaled_dot_product_attention(*parts, attn_mask=mask)  # (n, h, length, d)
+        out[here].view(n, length, heads, -1).copy_(attended.transpose(1, 2))
+
+
+# --------------------------------------------------------------------------------------------------------------- bf16
+
+
+def encode_bf16(encoder: nn.Module, hidden: Tensor, lengths: list[int], keys: list[int]) -> Tensor:
+    """Hidden states (T, H) after all layers."""
     groups = grouped(lengths, keys)
     for layer in layers(encoder):
         attended = attention(linear(hidden, layer.qkv), encoder.config.num_attention_heads, groups)

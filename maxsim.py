@@ -3,8 +3,6 @@
 Shapes: B queries of Lq tokens, N passages of at most Ld tokens, T tokens of passages in all, D dimensions.
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -79,14 +77,3 @@ def maxsim_packed(queries: Tensor, embeddings: Tensor, lengths: Tensor) -> Tenso
     similarity = (embeddings @ queries.T).float()  # (T, B * Lq)
     best = torch.segment_reduce(similarity, "max", lengths=lengths, axis=0)  # (N, B * Lq)
     return best.view(-1, B, Lq).sum(-1).T
-
-
-def fast_dtype(device) -> torch.dtype:
-    """bf16 where the device computes in it (fp16 on older GPUs), else fp32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if device.type == "cpu":
-        path = Path("/proc/cpuinfo")
-        flags = path.read_text() if path.exists() else ""
-        return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
-    return torch.float32

@@ -11,7 +11,6 @@ Everything that frames, encodes or scores text is here, once: training, embeddin
 """
 
 import json
-import os
 import string
 from pathlib import Path
 
@@ -24,17 +23,14 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig,
 
 import attention
 from artifact import InputError, fingerprint
-from attention import Packed, encode_packed, pack, packable
-from maxsim import fast_dtype, maxsim_packed
+from attention import Packed, compute_dtype, encode_packed, pack, packable
+from compute import by_threads, fast_dtype, map_alone
+from maxsim import maxsim_packed
 from ragged import neighbours, ranges
-
-# On CPUs PyTorch keeps the compiled products of the last 1,024 shapes: gigabytes, where every batch has its own.
-os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 MARKERS = {"query": "[Q]", "passage": "[D]"}  # tokens of their own, after [CLS] (paper, section 3.2)
 FRAME = 3  # [CLS], the marker and [SEP] around the word pieces
-TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 131072}  # passages are batched by tokens; a small batch stays in the cache
+TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 131072}  # embedded at a time; a small batch stays in the cache
 TEXTS_PER_CHUNK = 1024  # texts tokenised at a time: what the tokenizer gives back takes hundreds of bytes a token
 SCORE_QUERIES, SCORE_TOKENS = 16, {"cpu": 4096, "cuda": 1 << 20}  # scored at a time, as retrieve.py does
 PROGRESS_AFTER = 5  # seconds after which a bar appears by itself
@@ -413,50 +409,71 @@ class ColBERT(PreTrainedModel):
         kept tokens of each passage.
         Returns query embeddings (B, Lq, D) and passage embeddings (N, Ld, D).
         """
-        embeddings = torch.cat([self.embed(batch).view(-1, self.config.dim) for batch in batches])  # (T, D)
+
+        def embed(batch) -> Tensor:
+            return self.embed(batch).view(-1, self.config.dim)
+
+        if self.device.type == "cpu" and torch.is_grad_enabled():
+            weights = [weight for weight in self.parameters() if weight.requires_grad]
+            embeddings = by_threads(embed, batches, weights)  # (T, D)
+        else:
+            embeddings = torch.cat([embed(batch) for batch in batches])
         queries = embeddings[: scored.numel()].view(*scored.shape, -1) * scored[..., None]
         return queries, embeddings.index_select(0, slots.view(-1)).view(*slots.shape, -1)
 
     @torch.inference_mode()
-    def embed_passages(self, values: np.ndarray, lengths: np.ndarray, tokens_per_batch: int | None = None, fp32=False):
-        """Embed passages given as word pieces: in batches of similar length, or packed, in the order they come.
+    def embed_passages(self, values, lengths, tokens_per_batch: int | None = None, fp32: bool = False, done=None):
+        """Embed passages given as word pieces: in batches of similar length, on a GPU packed in the order they come.
 
         values (T,), lengths (N,). Returns embeddings (T', D) fp16 of the kept tokens in the order given, their
         number for each passage (N,) int64, and the share of positions that were padding. fp32: compute and return that.
+        done(n) is called whenever n passages have been embedded.
         """
-        budget = tokens_per_batch or TOKENS_PER_BATCH.get(self.device.type, 32768)
         dtype = torch.float32 if fp32 else torch.float16
         with self.autocast(fp32):
             packed = self.packs()
         framing = self.config.doc_maxlen - self.config.pieces("passage")  # special tokens of a passage
-        starts, counts, positions = np.cumsum(lengths) - lengths, self.kept_counts(values, lengths), 0
+        budget = tokens_per_batch or self.tokens_per_batch(int((lengths + framing).sum()))
+        starts, counts = np.cumsum(lengths) - lengths, self.kept_counts(values, lengths)
         first, on_gpu = np.cumsum(counts) - counts, self.device.type == "cuda"
         embeddings = torch.empty((int(counts.sum()), self.config.dim), dtype=dtype, pin_memory=on_gpu)
-        for rows in (neighbours if packed else length_batches)(lengths + framing, budget):
+
+        @torch.inference_mode()
+        def embed_batch(rows) -> int:  # how many positions it took
             texts = ids, mask = self.frame_passages(values[ranges(starts[rows], lengths[rows])], lengths[rows])
             kept = self.kept(ids, mask)  # (B, Ld)
             assert np.array_equal(kept.sum(1).numpy(), counts[rows]), "kept tokens differ from what was counted"
             if packed:
                 texts, kept = pack((ids, mask, mask)), kept[mask.bool()]  # (T,)
-            positions += kept.numel()
             with self.autocast(fp32):
                 output = self.embed(to_device(texts, self.device)).view(-1, self.config.dim)
             here = kept.view(-1).nonzero()[:, 0]
             output = output.index_select(0, to_device(here, self.device)).to(dtype)
-            if packed:  # in their order: copied while the host goes on
+            if on_gpu and packed:  # in their order: copied while the host goes on
                 embeddings[first[rows.start] :][: len(output)].copy_(output, non_blocking=True)
             else:
                 embeddings[torch.from_numpy(ranges(first[rows], counts[rows]))] = output.cpu()
+            return kept.numel()
+
+        batches = (neighbours if on_gpu and packed else length_batches)(lengths + framing, budget)
+        positions = 0
+        for rows, n in zip(batches, map_alone(embed_batch, batches, device=self.device), strict=True):
+            positions += n
+            if done:
+                done(len(counts[rows]))
         if on_gpu:
             torch.cuda.current_stream().synchronize()
         real = np.minimum(lengths + framing, self.config.doc_maxlen).sum()
         return embeddings.numpy(), counts, 1 - real / max(1, positions)
 
+    def tokens_per_batch(self, total: int) -> int:
+        """How many of `total` positions are embedded at a time: on a CPU a batch for each thread, even of few."""
+        most = TOKENS_PER_BATCH.get(self.device.type, 32768)
+        return most if self.device.type != "cpu" else min(most, max(256, -(-total // torch.get_num_threads())))
+
     def packs(self) -> bool:
         """Whether texts can be packed, in the type that torch.autocast is set to here."""
-        kind = self.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        return packable(self.encoder, self.device, dtype)
+        return packable(self.encoder, self.device, compute_dtype(self.device))
 
     def autocast(self, fp32: bool = False):
         """Compute in the device's fast 16-bit type where it has one, or in fp32 all the same."""

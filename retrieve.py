@@ -33,13 +33,13 @@ import torch
 import transformers
 from accelerate import PartialState
 from torch import Tensor
-from tqdm import tqdm
 
 import runs
 from artifact import InputError, check_file, peak_memory_mb, read_meta, run_stage
 from gpu_search import GpuIndex
 from maxsim import maxsim_packed
 from model import ColBERT, check_texts, default_device, model_fingerprint
+from progress import progress
 from ragged import Ids, Ragged, neighbours
 from search import QUALITY, CompressedIndex, Effort, Ranking, effort_for, read_vectors, top
 from tsv import Collection, read_queries
@@ -179,7 +179,7 @@ class Searcher:
         allowed = self._allowed(among)
         size = max(1, len(texts)) if exact and self.codes is None else batch_size
         starts = range(0, len(texts), size)
-        for start in tqdm(starts, disable=None if len(starts) > 1 else True, desc="search", unit=" batches"):
+        for start in progress(starts, len(starts) > 1, desc="search", unit=" batches"):
             queries = self.encode(texts[start : start + size])  # (B, Lq, D)
             rows = candidates and candidates[start : start + size]
             if self.codes is not None:
@@ -269,7 +269,7 @@ class Searcher:
         best_rows = torch.zeros((Q, 0), dtype=torch.int64)
         scores, first = [], 0
         blocks = neighbours(np.diff(self.embeddings.offsets), EXACT_TOKENS)
-        for block in tqdm(blocks, disable=None, desc="exact", unit=" blocks"):
+        for block in progress(blocks, desc="exact", unit=" blocks"):
             start, stop = block.start, block.stop
             with self._timed("MaxSim"):
                 values, lengths = self.embeddings.slice(start, stop)

@@ -24,21 +24,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
-from tqdm import tqdm
 
 import runs
 from artifact import InputError, check_file, finish, make_meta, plain_args, publish, read_meta, run_stage, write_json
 from attention import pack, packable
+from compute import COMPUTE_DTYPES, mixed_precision, own_dropout
 from layouts import is_colbert
 from maxsim import maxsim, maxsim_packed, maxsim_pairs
 from model import FRAME, ColBERT, length_batches, to_device
+from progress import progress
 from ragged import Ids, Ragged, ranges
 from tsv import read_queries
 
 TRAIN_TOKENS_PER_BATCH = {"cpu": 1536, "cuda": 1 << 16}  # passages that go through the encoder together, if padded
-COMPUTE_DTYPE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Triples:
@@ -304,7 +304,7 @@ class Log:
 
     def __init__(self, accelerator: Accelerator, args, step: int):
         self.accelerator, self.args, self.path = accelerator, args, args.output_dir / "log.jsonl"
-        self.losses, self.step, self.clock = [], step, time.time()
+        self.losses, self.step, self.clock, self.is_first = [], step, time.time(), True
         lines = [line for line in read_log(self.path) if line["step"] <= step]  # later ones will be written again
         self.best_mrr = max((line["dev_mrr@10"] for line in lines if "dev_mrr@10" in line), default=0.0)
         if accelerator.is_main_process:
@@ -315,13 +315,18 @@ class Log:
             os.environ["WANDB_MODE"] = wandb_mode(args.wandb_mode)
             os.environ.setdefault("WANDB_SILENT", "true")
             accelerator.init_trackers(args.wandb_project, plain_args(args), {"wandb": {"dir": str(args.output_dir)}})
-        quiet = None if accelerator.is_main_process else True  # None: only where there is no terminal
-        self.bar = tqdm(total=args.max_steps, initial=step, disable=quiet, desc="train")
+        show = accelerator.is_main_process
+        self.bar = progress(total=args.max_steps, initial=step, show=show, desc="train", unit=" steps")
 
     def add(self, loss: torch.Tensor) -> None:
         """Take the loss of the next step, which stays on its device for now."""
         self.losses.append(loss)
         self.bar.update()
+
+    def is_due(self) -> bool:
+        """Whether losses should be written after this step: all of them, but where waiting for them costs time."""
+        on_gpu = self.accelerator.device.type != "cpu"
+        return not on_gpu or (self.step + len(self.losses)) % self.args.log_steps == 0 or self.is_first
 
     def flush(self, lr: float) -> None:
         """Write the losses taken since the last time. Raises InputError if one is not finite."""
@@ -332,7 +337,8 @@ class Log:
         for loss in losses:
             self.step += 1
             self.write(step=self.step, loss=loss)
-        self.bar.set_postfix(loss=f"{np.mean(losses):.4f}", examples_per_s=f"{rate:.1f}")
+        self.bar.set_postfix(loss=f"{np.mean(losses):.4f}", examples_per_s=f"{rate:.1f}", refresh=self.is_first)
+        self.is_first = False
         self.accelerator.log({"loss": float(np.mean(losses)), "lr": lr, "examples/s": rate}, step=self.step)
         if not np.isfinite(losses).all():
             raise InputError(f"the loss is not finite by step {self.step}: lower --lr, or use --mixed_precision bf16")
@@ -372,7 +378,7 @@ def keep_if_best(model: ColBERT, dev_set: DevSet, log: Log, output_dir: Path) ->
     model.eval()
     mrr = dev_set.mrr(model)
     model.train()
-    tqdm.write(f"step {log.step}: MRR@10 on dev candidates {mrr:.4f}")
+    log.bar.write(f"step {log.step}: MRR@10 on dev candidates {mrr:.4f}")
     if log.add_mrr(mrr):
         with publish(output_dir / "best") as partial:
             model.save_pretrained(partial)
@@ -409,10 +415,13 @@ def run_settings(args, tokens_meta: dict) -> dict:
 
 def main(args):
     started = time.time()
+    on_cpu = args.cpu or not torch.accelerator.is_available()  # said so, processes without a GPU find each other
+    if args.mixed_precision == "auto":
+        args.mixed_precision = mixed_precision(PartialState(cpu=on_cpu).device)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
-        cpu=args.cpu or not torch.accelerator.is_available(),  # else processes without a GPU would not find each other
+        cpu=on_cpu,
         step_scheduler_with_optimizer=False,
         log_with="wandb" if args.wandb_mode != "disabled" else None,
     )
@@ -421,14 +430,14 @@ def main(args):
     tokens_meta, micro_size = check_args(args, accelerator)
     set_seed(args.seed)
     model = load_model(args, tokens_meta)
-    model.train()
+    own_dropout(model.train())
     dev_set = DevSet(args, model) if args.dev_queries else None
     wrapped, optimizer, scheduler = accelerator.prepare(model, *make_optimizer(model, args))
     step = resume(accelerator, args, tokens_meta) if args.resume else 0
     log = Log(accelerator, args, step)
     data = Triples(args.tokens_dir, args.batch_size, args.seed if args.shuffle else None)
     tokens_per_batch = TRAIN_TOKENS_PER_BATCH.get(accelerator.device.type, 1 << 14)
-    packed = packable(model.encoder, accelerator.device, COMPUTE_DTYPE[accelerator.mixed_precision])
+    packed = packable(model.encoder, accelerator.device, COMPUTE_DTYPES[accelerator.mixed_precision])
 
     def micro_batches(step: int) -> list[dict]:
         rows = data.rows(step)
@@ -437,6 +446,8 @@ def main(args):
         batches = [collate(data, part, model, tokens_per_batch, packed) for part in mine]
         return to_device(batches, accelerator.device)
 
+    compute = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    accelerator.print(f"training on {accelerator.device} in {compute}, {torch.get_num_threads()} threads", flush=True)
     clock = time.time()
     with ThreadPoolExecutor(1) as loader:  # builds the next batch while this one computes
         upcoming = loader.submit(micro_batches, step)
@@ -448,7 +459,7 @@ def main(args):
             is_last = step == args.max_steps
             measure = dev_set is not None and (step % args.eval_steps == 0 or is_last)
             save = step % args.save_steps == 0 and not is_last
-            if step % args.log_steps == 0 or measure or save or is_last:
+            if log.is_due() or measure or save or is_last:
                 log.flush(scheduler.get_last_lr()[0])
             if measure and accelerator.is_main_process:
                 keep_if_best(model, dev_set, log, args.output_dir)
@@ -470,6 +481,8 @@ def main(args):
             "tokens_fingerprint": tokens_meta["fingerprint"],
             "steps": step,
             "processes": accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "mixed_precision": accelerator.mixed_precision,
             "train_seconds": round(train_seconds, 2),
             "loss_of_last_100_steps": round(float(np.mean(losses)), 4) if losses else None,
             "best_dev_mrr@10": log.best_mrr if dev_set else None,
@@ -536,7 +549,12 @@ def parse_args():
     group.add_argument("--seed", type=int, default=12345, help="of dropout, the projection and --shuffle")
 
     group = parser.add_argument_group("running")
-    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's own setting")
+    group.add_argument(
+        "--mixed_precision",
+        choices=("auto", "no", "fp16", "bf16"),
+        default="auto",
+        help="auto: bf16 where this machine is faster in it, else fp32 (fp16 on older GPUs)",
+    )
     group.add_argument("--cpu", action=switch, default=False, help="train on the CPU even where there is a GPU")
     group.add_argument("--resume", action=switch, default=False, help="go on from the last checkpoint, if there is one")
     group.add_argument("--save_steps", type=int, default=10_000, help="steps between checkpoints (default 10000)")

@@ -24,11 +24,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from artifact import InputError, check_file, fingerprint, publish, run_stage, seen_from, write_meta
 from layouts import texts_of
 from model import load_tokenizer, prepare_texts, tokenize, tokenizer_fingerprint
+from progress import progress
 from ragged import Ids, IdWriter, NpyWriter, RaggedWriter
 from tsv import batched, open_bytes, read_id_text, read_rows
 
@@ -108,7 +108,7 @@ def hash_texts(texts: list[str]) -> np.ndarray:
 
 def convert_texts(path, what: str, writer: TokenWriter, ids: IdWriter, text_rows: TextRows | None) -> None:
     """Write a file of (id, text) as word pieces and ids. Raises InputError, also on a repeated id."""
-    rows = tqdm(read_id_text(path, what), desc=Path(path).name, unit=" texts", unit_scale=True, disable=None)
+    rows = progress(read_id_text(path, what), desc=Path(path).name, unit=" texts", unit_scale=True)
     for chunk in batched(rows, CHUNK):
         texts = [text for _, _, text in chunk]
         if text_rows is not None:
@@ -141,7 +141,7 @@ def convert_id_triples(path, folder: Path, limit: int | None) -> int:
     writer = NpyWriter(folder / "triples.npy", np.int32, (n_columns,))
     columns = ", ".join(["qid", "positive pid", *["negative pid"] * (n_columns - 2)])
     lines = itertools.islice(read_rows(path, columns, "triples"), limit)
-    for chunk in batched(tqdm(lines, desc=Path(path).name, unit=" triples", unit_scale=True, disable=None), 10 * CHUNK):
+    for chunk in batched(progress(lines, desc=Path(path).name, unit=" triples", unit_scale=True), 10 * CHUNK):
         fields = list(zip(*(fields for _, fields in chunk), strict=True))
         rows = np.stack([qids.rows(fields[0]), *map(pids.rows, fields[1:])], axis=1)
         if (rows < 0).any():
@@ -161,7 +161,7 @@ def convert_text_triples(path, folder: Path, limit: int | None, tables, writers)
     columns = ("query", "positive passage", "negative passage")
     writer = NpyWriter(folder / "triples.npy", np.int32, (3,))
     lines = itertools.islice(read_rows(path, ", ".join(columns), "triples"), limit)
-    for chunk in batched(tqdm(lines, desc=Path(path).name, unit=" triples", unit_scale=True, disable=None), CHUNK):
+    for chunk in batched(progress(lines, desc=Path(path).name, unit=" triples", unit_scale=True), CHUNK):
         queries, positives, negatives = zip(*(fields for _, fields in chunk), strict=True)
         rows = np.empty((len(chunk), 3), np.int32)
         rows[:, 0] = rows_of(queries, tables["query"], writers["query"])

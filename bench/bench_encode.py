@@ -42,7 +42,7 @@ from measure import (
 )
 from parity import call_peer, peer_versions
 
-from maxsim import fast_dtype
+from compute import fast_dtype
 from model import FRAME, MARKERS, ColBERT, tokenize
 from tsv import read_id_text
 

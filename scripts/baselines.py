@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from artifact import InputError, run_stage
+from progress import progress
 from runs import write_run
 from tsv import read_id_text, read_queries
 
@@ -92,7 +92,7 @@ def search_vectors(encode, pids: list[str], passages: list[str], queries: dict[s
     query_vectors = encode(list(queries.values()))  # (Q, D)
     best = np.empty((len(queries), 0), np.float32)  # (Q, k) the best scores so far
     best_at = np.empty((len(queries), 0), np.int64)  # (Q, k) and whose they are
-    with tqdm(total=len(passages), unit=" passages", disable=None) as bar:
+    with progress(total=len(passages), desc="embed", unit=" passages") as bar:
         for start in range(0, len(passages), CHUNK):
             vectors = encode(passages[start : start + CHUNK])  # (n, D)
             at = np.broadcast_to(np.arange(start, start + len(vectors)), (len(queries), len(vectors)))

@@ -312,8 +312,10 @@ def test_another_tokenizer(train_arguments, encoder_dir, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops(train_arguments, tmp_path):
-    message = refused(train_arguments, tmp_path / "model", "--lr", 1e38, "--max_grad_norm", 0)
-    assert "lower --lr" in message and not (tmp_path / "model/meta.json").exists()
+    flags = ("--output_dir", tmp_path / "model", "--lr", 1e38, "--max_grad_norm", 0)
+    done = call_stage("train.py", *train_arguments, *flags)
+    assert done.returncode == 2 and "lower --lr" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "model/meta.json").exists()
 
 
 # ------------------------------------------------------------------------------------------------------ small things
