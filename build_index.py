@@ -18,13 +18,43 @@ import math
 import time
 from pathlib import Path
 
-import faiss
+from knobs import BITS
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--embedding_dir", type=Path, required=True, help="what doc2embedding.py wrote")
+    parser.add_argument("--output_dir", type=Path, required=True, help="the index folder to write")
+    parser.add_argument(
+        "--method", choices=("codes", "ivfpq"), default="codes", help="compressed codes, or FAISS IVFPQ (default codes)"
+    )
+    parser.add_argument("--bits", type=int, choices=BITS, help="codes: bits a dimension (default 2)")
+    parser.add_argument(
+        "--keep_vectors",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="codes: link the fp16 embeddings, for an exact last step",
+    )
+    parser.add_argument("--nlist", type=int, help="inverted lists (default: the power of two near 4 sqrt(embeddings))")
+    parser.add_argument("--m", type=int, help="ivfpq: bytes of an embedding's code (default 16)")
+    parser.add_argument("--nbits", type=int, help="ivfpq: bits of a sub-quantiser (default 8, fewer if tiny)")
+    parser.add_argument("--sample", type=int, help="embeddings to train on (default: 40 a centroid)")
+    parser.add_argument("--seed", type=int, default=12345, help="of the sample and of k-means")
+    parser.add_argument(
+        "--gpu", action=argparse.BooleanOptionalAction, default=True, help="train on GPUs where there are any"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # before the imports that take seconds: --help, or a wrong flag, is answered at once
+    ARGS = parse_args()
+
 import numpy as np
 import torch
 
 from artifact import InputError, fingerprint, link, publish, read_meta, run_stage, seen_from, write_meta
-from codec import BITS, MOST_CENTROIDS, PER_CENTROID, Codec, Codes, default_nlist, sample_passages
-from model import default_device
+from codec import MOST_CENTROIDS, PER_CENTROID, Codec, Codes, default_nlist, sample_passages
+from compute import default_device
 from progress import progress
 from ragged import Ids, Ragged, neighbours
 from search import create
@@ -48,6 +78,8 @@ def sample_embeddings(embeddings: Ragged, wanted: int, seed: int) -> tuple[np.nd
 def make_index(dim: int, nlist: int, m: int, nbits: int, seed: int):
     """An untrained IVFPQ by inner product. The vectors are unit vectors, so l2 ranks alike; inner product needs one
     look-up table a query where l2 needs one a query and list."""
+    import faiss
+
     index = faiss.IndexIVFPQ(faiss.IndexFlatIP(dim), dim, nlist, m, nbits, faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = seed
     index.cp.spherical = True
@@ -65,6 +97,8 @@ def fill(index, embeddings: Ragged) -> None:
 
 def build_ivfpq(embeddings: Ragged, args, partial: Path) -> dict:
     """Write faiss.index and links to the embeddings; returns facts for meta.json."""
+    import faiss  # the other method needs none
+
     n_embeddings, dim = embeddings.values.shape
     nlist, m = args.nlist or default_nlist(n_embeddings), args.m or 16
     nbits = args.nbits or min(8, int(math.log2(n_embeddings)))
@@ -198,30 +232,5 @@ def main(args):
     return {"output_dir": str(args.output_dir), "seconds": meta["seconds"], **facts}
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--embedding_dir", type=Path, required=True, help="what doc2embedding.py wrote")
-    parser.add_argument("--output_dir", type=Path, required=True, help="the index folder to write")
-    parser.add_argument(
-        "--method", choices=("codes", "ivfpq"), default="codes", help="compressed codes, or FAISS IVFPQ (default codes)"
-    )
-    parser.add_argument("--bits", type=int, choices=BITS, help="codes: bits a dimension (default 2)")
-    parser.add_argument(
-        "--keep_vectors",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="codes: link the fp16 embeddings, for an exact last step",
-    )
-    parser.add_argument("--nlist", type=int, help="inverted lists (default: the power of two near 4 sqrt(embeddings))")
-    parser.add_argument("--m", type=int, help="ivfpq: bytes of an embedding's code (default 16)")
-    parser.add_argument("--nbits", type=int, help="ivfpq: bits of a sub-quantiser (default 8, fewer if tiny)")
-    parser.add_argument("--sample", type=int, help="embeddings to train on (default: 40 a centroid)")
-    parser.add_argument("--seed", type=int, default=12345, help="of the sample and of k-means")
-    parser.add_argument(
-        "--gpu", action=argparse.BooleanOptionalAction, default=True, help="train on GPUs where there are any"
-    )
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    run_stage(main, parse_args())
+    run_stage(main, ARGS)

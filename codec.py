@@ -22,8 +22,6 @@ tells how its fine vector's differs from what is usual for that.
 """
 
 import math
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -34,11 +32,11 @@ from torch import Tensor
 
 import kernels
 from artifact import InputError
-from compute import fast_dtype
+from compute import fast_dtype, single_threads
 from kernels import LANES, SCALE
+from knobs import BITS
 from ragged import neighbours
 
-BITS = (1, 2, 4, 8)
 BOOKS, LEVELS = ("representative", "follower"), ("coarse", "fine")
 OVERHEAD = 1.2  # bytes a token of centroids, offsets and sizes, in a collection of a few million tokens
 SIMILARITY = 0.85  # cosine from which a token may follow another
@@ -392,17 +390,6 @@ class Codec:
         """Centroids as queries are multiplied with them: to 2 bits, what bf16 rounds off is little beside the rest."""
         is_rough = self.M[1] < self.dim // 4
         return torch.from_numpy(self.centroids).to(fast_dtype(torch.device("cpu")) if is_rough else torch.float32)
-
-
-@contextmanager
-def single_threads():
-    """A pool of as many threads as PyTorch uses, each computing by itself: threads of threads wait for others."""
-    n = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-            yield threads
-    finally:
-        torch.set_num_threads(n)  # new threads take over what was set last
 
 
 def as_saved(array: np.ndarray) -> np.ndarray:

@@ -31,6 +31,11 @@ def fast_dtype(device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and bf16_pays() else torch.float32
 
 
+def default_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def mixed_precision(device) -> str:
     """accelerate's name for `fast_dtype(device)`."""
     return next(name for name, dtype in COMPUTE_DTYPES.items() if dtype == fast_dtype(device))

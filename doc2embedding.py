@@ -20,13 +20,32 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from knobs import BITS
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens_dir", type=Path, required=True, help="what tsv2mmap.py wrote, with a collection")
+    parser.add_argument("--model", required=True, type=Path, help="ColBERT model folder")
+    parser.add_argument("--output_dir", type=Path, required=True, help="the embeddings folder to write or complete")
+    parser.add_argument("--part_size", type=int, default=10_000, help="passages in a part (default 10000)")
+    parser.add_argument("--bits", type=int, choices=BITS, help="compress at once, to so many bits a dimension")
+    parser.add_argument("--nlist", type=int, help="--bits: centroids (default: near 4 sqrt(embeddings))")
+    parser.add_argument("--seed", type=int, default=12345, help="--bits: of the sample that the codec is trained on")
+    parser.add_argument("--tokens_per_batch", type=int, help="positions in a batch (default: by device)")
+    parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=False, help="use the CPU all the same")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # before the imports that take seconds: --help, or a wrong flag, is answered at once
+    ARGS = parse_args()
+
 import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
 
 from artifact import InputError, fingerprint, publish, read_meta, run_stage, seen_from, write_json, write_meta
-from codec import BITS, MOST_CENTROIDS, PER_CENTROID, Codec, default_nlist, sample_passages
 from compute import fast_dtype
 from model import ColBERT, model_fingerprint
 from progress import progress
@@ -46,6 +65,8 @@ def layout(model: ColBERT, passages: Ragged, n_passages: int, args, folder: Path
     if not args.bits:
         allocate_npy(folder / "values.npy", np.float16, (total, model.config.dim))
         return
+    from codec import MOST_CENTROIDS, PER_CENTROID, Codec, default_nlist, sample_passages
+
     (folder / "codec").mkdir()
     nlist = args.nlist or default_nlist(total, MOST_CENTROIDS)
     rows = sample_passages(np.load(folder / "offsets.npy", mmap_mode="r"), nlist * PER_CENTROID, args.seed)
@@ -74,6 +95,8 @@ def embed_part(model: ColBERT, passages: Ragged, start: int, stop: int, folder: 
     offsets = np.load(folder / "offsets.npy", mmap_mode="r")[start : stop + 1]
     assert np.array_equal(counts, np.diff(offsets)), "kept tokens differ from the layout"
     if args.bits:
+        from codec import Codec  # compiled loops, which nothing else here needs
+
         codes = Codec.load(folder / "codec").encode(embeddings, counts, model.device)
         for name, array in codes._asdict().items():
             np.save(folder / "parts" / f"{number}.{name}.npy", array)
@@ -157,19 +180,5 @@ def main(args):
     return {"output_dir": str(folder), "seconds": meta["seconds"], **facts}
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens_dir", type=Path, required=True, help="what tsv2mmap.py wrote, with a collection")
-    parser.add_argument("--model", required=True, type=Path, help="ColBERT model folder")
-    parser.add_argument("--output_dir", type=Path, required=True, help="the embeddings folder to write or complete")
-    parser.add_argument("--part_size", type=int, default=10_000, help="passages in a part (default 10000)")
-    parser.add_argument("--bits", type=int, choices=BITS, help="compress at once, to so many bits a dimension")
-    parser.add_argument("--nlist", type=int, help="--bits: centroids (default: near 4 sqrt(embeddings))")
-    parser.add_argument("--seed", type=int, default=12345, help="--bits: of the sample that the codec is trained on")
-    parser.add_argument("--tokens_per_batch", type=int, help="positions in a batch (default: by device)")
-    parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=False, help="use the CPU all the same")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    run_stage(main, parse_args())
+    run_stage(main, ARGS)

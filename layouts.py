@@ -25,6 +25,21 @@ import string
 import tempfile
 from pathlib import Path
 
+LAYOUTS = ("nanocolbert", "stanford", "pylate", "sentence-transformers")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="ColBERT checkpoint of any layout: folder, hub name, .dnn file")
+    parser.add_argument("--revision", help="version of a model on the hub: branch, tag or commit")
+    parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="to write (default nanocolbert)")
+    parser.add_argument("--output_dir", type=Path, required=True, help="the model folder to write")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # before the imports that take seconds: --help, or a wrong flag, is answered at once
+    ARGS = parse_args()
+
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -43,7 +58,6 @@ from model import (
     tokenize,
 )
 
-LAYOUTS = ("nanocolbert", "stanford", "pylate", "sentence-transformers")
 SETTINGS_FILES = ["*.json", "*.txt", "*.model", "*.metadata"]  # of a repository on the hub
 NOT_LOADED = ["onnx/*", "openvino/*", "*.h5", "*.msgpack"]
 
@@ -824,14 +838,5 @@ def main(args):
     return {"output_dir": str(args.output_dir), "layout": args.layout, "dim": model.config.dim}
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="ColBERT checkpoint of any layout: folder, hub name, .dnn file")
-    parser.add_argument("--revision", help="version of a model on the hub: branch, tag or commit")
-    parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="to write (default nanocolbert)")
-    parser.add_argument("--output_dir", type=Path, required=True, help="the model folder to write")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    run_stage(main, parse_args())
+    run_stage(main, ARGS)

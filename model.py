@@ -24,12 +24,11 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig,
 import attention
 from artifact import InputError, fingerprint
 from attention import Packed, compute_dtype, encode_packed, pack, packable
-from compute import by_threads, fast_dtype, map_alone
+from compute import by_threads, default_device, fast_dtype, map_alone
 from maxsim import maxsim_packed
 from ragged import neighbours, ranges
+from text import FRAME, MARKERS, prepare_texts, tokenize
 
-MARKERS = {"query": "[Q]", "passage": "[D]"}  # tokens of their own, after [CLS] (paper, section 3.2)
-FRAME = 3  # [CLS], the marker and [SEP] around the word pieces
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 131072}  # embedded at a time; a small batch stays in the cache
 TEXTS_PER_CHUNK = 1024  # texts tokenised at a time: what the tokenizer gives back takes hundreds of bytes a token
 SCORE_QUERIES, SCORE_TOKENS = 16, {"cpu": 4096, "cuda": 1 << 20}  # scored at a time, as retrieve.py does
@@ -130,27 +129,6 @@ def tokenizer_fingerprint(tokenizer) -> str:
     """Fingerprint of what turns text into word pieces; the same before and after [Q] and [D] are added."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     return fingerprint(*(json.dumps(parts[key], sort_keys=True) for key in ("normalizer", "pre_tokenizer", "model")))
-
-
-def prepare_texts(texts: list[str], kind: str, settings: dict) -> list[str]:
-    """Texts of a kind, each with its prompt, without the white space around it: `settings` of ColBERTConfig.texts."""
-    if settings[kind]:
-        texts = [settings[kind] + text for text in texts]
-    return [text.strip() for text in texts] if settings["strip"] else texts
-
-
-def tokenize(tokenizer, texts: list[str], maxlen: int) -> tuple[np.ndarray, np.ndarray]:
-    """Word-piece ids (T,) int32 of the texts one after the other and their lengths (n,), cut to `maxlen` less FRAME.
-
-    No special tokens are added, and none is recognised in the text: "[MASK]" in a passage is three word pieces.
-    """
-    backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True
-    backend.no_padding()
-    backend.enable_truncation(maxlen - FRAME)
-    ids = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-    return np.fromiter((i for row in ids for i in row), np.int32, lengths.sum()), lengths
 
 
 def punctuation_ids(tokenizer) -> list[int]:
@@ -672,11 +650,6 @@ def longest_input(encoder: nn.Module) -> int:
 def first_of(*values):
     """The first value that is not None."""
     return next(value for value in values if value is not None)
-
-
-def default_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def model_fingerprint(path) -> str:

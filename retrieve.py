@@ -27,7 +27,44 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import faiss
+from knobs import QUALITY, Effort, effort_for
+
+NPROBE, FAISS_DEPTH, BATCH_SIZE = 32, 1024, 32  # how hard to look, unless told otherwise; queries at a time
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument(
+        "--model", type=Path, required=True, help="the ColBERT model folder that the index was made from"
+    )
+    parser.add_argument("--index_dir", type=Path, required=True, help="what build_index.py wrote (or doc2embedding.py)")
+    parser.add_argument("--queries", type=Path, required=True, help="qid, query")
+    parser.add_argument("--output", type=Path, required=True, help="run file to write")
+    parser.add_argument("--format", choices=("trec", "msmarco"), default="trec", help="of the run file (default trec)")
+    parser.add_argument("--tag", default="nanocolbert", help="name of the run in a TREC file")
+    parser.add_argument("--k", type=int, default=1000, help="passages a query (default 1000)")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--candidates", type=Path, help="rerank these: top1000.dev, a run file, or qid, pid")
+    how.add_argument("--exact", action=switch, default=False, help="score every passage")
+    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="queries at a time (default 32)")
+    parser.add_argument("--nprobe", type=int, help="lists searched for each query token (default: by --quality, or 32)")
+    group = parser.add_argument_group("compressed index")
+    group.add_argument("--quality", choices=tuple(QUALITY), default="default", help="how hard to look")
+    group.add_argument("--n_coarse", type=int, help="passages scored by coarse codes (default: by --quality)")
+    group.add_argument("--n_fine", type=int, help="of them, scored by all codes (default: by --quality)")
+    group.add_argument("--n_exact", type=int, help="of them, scored by kept vectors (default: by --quality)")
+    group = parser.add_argument_group("IVFPQ")
+    group.add_argument("--faiss_depth", type=int, help=f"embeddings found for each query token (default {FAISS_DEPTH})")
+    group.add_argument("--rerank_depth", type=int, help="passages scored exactly (default: k, at least 1000)")
+    parser.add_argument("--cpu", action=switch, default=False, help="use the CPU even where there is a GPU")
+    parser.add_argument("--gpu_index", action=switch, default=False, help="put the index on the GPU too")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # before the imports that take seconds: --help, or a wrong flag, is answered at once
+    ARGS = parse_args()
+
 import numpy as np
 import torch
 import transformers
@@ -36,12 +73,12 @@ from torch import Tensor
 
 import runs
 from artifact import InputError, check_file, peak_memory_mb, read_meta, run_stage
-from gpu_search import GpuIndex
+from compute import default_device
 from maxsim import maxsim_packed
-from model import ColBERT, check_texts, default_device, model_fingerprint
+from model import ColBERT, check_texts, model_fingerprint
 from progress import progress
 from ragged import Ids, Ragged, neighbours
-from search import QUALITY, CompressedIndex, Effort, Ranking, effort_for, read_vectors, top
+from search import CompressedIndex, Ranking, read_vectors, top
 from tsv import Collection, read_queries
 
 RERANK_TOKENS = {"cpu": 4096, "cuda": 1 << 20}  # embeddings of candidates scored at a time
@@ -49,7 +86,6 @@ EXACT_TOKENS = 4096  # embeddings scored at a time by exact search
 EXACT_QUERIES = 16  # against so many queries: their similarities, 8 MB, stay in the cache
 EXACT_PASSAGES = 2048  # passages whose scores are kept before they are merged into the best
 EFFORT = ("exact", "quality", *Effort._fields, "faiss_depth", "rerank_depth", "batch_size")  # flags of the search
-NPROBE, FAISS_DEPTH, BATCH_SIZE = 32, 1024, 32  # how hard to look, unless told otherwise; queries at a time
 
 
 class Hit(NamedTuple):
@@ -77,7 +113,7 @@ class Searcher:
         if self.meta["kind"] == "embeddings" and self.meta.get("bits"):
             raise InputError(f"{index_dir}: compressed embeddings: run build_index.py, and give what it wrote")
         if self.meta.get("method") == "codes":
-            self.codes = self.pids = GpuIndex(index_dir, self.device) if gpu_index else CompressedIndex(index_dir)
+            self.codes = self.pids = self._open_codes()
         else:
             self.embeddings, self.pids = Ragged(index_dir), Ids(Path(index_dir) / "pids.npy")
         self.seconds: dict[str, float] = {}  # where the time went
@@ -85,6 +121,13 @@ class Searcher:
             self.model = self._load(model)
         if collection is not None:
             self.collection = Collection(collection)
+
+    def _open_codes(self) -> CompressedIndex:
+        if not self.gpu_index:
+            return CompressedIndex(self.index_dir)
+        from gpu_search import GpuIndex
+
+        return GpuIndex(self.index_dir, self.device)
 
     @cached_property
     def model(self) -> ColBERT:
@@ -116,6 +159,8 @@ class Searcher:
         """The FAISS index."""
         if self.meta["kind"] != "index":
             raise InputError(f"{self.index_dir}: embeddings without an index: run build_index.py, or use --exact")
+        import faiss  # a compressed index needs none
+
         index = faiss.read_index(str(self.index_dir / "faiss.index"), faiss.IO_FLAG_MMAP)
         on_gpu = self.gpu_index and getattr(faiss, "get_num_gpus", int)()
         return faiss.index_cpu_to_all_gpus(index) if on_gpu else index
@@ -235,6 +280,8 @@ class Searcher:
 
     def _set_nprobe(self, nprobe: int) -> None:
         index = self.faiss  # first of all: opening it tells whether there is one
+        import faiss
+
         nprobe = min(nprobe, self.meta["nlist"])
         if self.gpu_index and hasattr(faiss, "GpuParameterSpace"):
             faiss.GpuParameterSpace().set_index_parameter(index, "nprobe", nprobe)
@@ -381,35 +428,5 @@ def join_shares(output: Path, n: int) -> None:
         share.unlink()
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    switch = argparse.BooleanOptionalAction
-    parser.add_argument(
-        "--model", type=Path, required=True, help="the ColBERT model folder that the index was made from"
-    )
-    parser.add_argument("--index_dir", type=Path, required=True, help="what build_index.py wrote (or doc2embedding.py)")
-    parser.add_argument("--queries", type=Path, required=True, help="qid, query")
-    parser.add_argument("--output", type=Path, required=True, help="run file to write")
-    parser.add_argument("--format", choices=("trec", "msmarco"), default="trec", help="of the run file (default trec)")
-    parser.add_argument("--tag", default="nanocolbert", help="name of the run in a TREC file")
-    parser.add_argument("--k", type=int, default=1000, help="passages a query (default 1000)")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--candidates", type=Path, help="rerank these: top1000.dev, a run file, or qid, pid")
-    how.add_argument("--exact", action=switch, default=False, help="score every passage")
-    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="queries at a time (default 32)")
-    parser.add_argument("--nprobe", type=int, help="lists searched for each query token (default: by --quality, or 32)")
-    group = parser.add_argument_group("compressed index")
-    group.add_argument("--quality", choices=tuple(QUALITY), default="default", help="how hard to look")
-    group.add_argument("--n_coarse", type=int, help="passages scored by coarse codes (default: by --quality)")
-    group.add_argument("--n_fine", type=int, help="of them, scored by all codes (default: by --quality)")
-    group.add_argument("--n_exact", type=int, help="of them, scored by kept vectors (default: by --quality)")
-    group = parser.add_argument_group("IVFPQ")
-    group.add_argument("--faiss_depth", type=int, help=f"embeddings found for each query token (default {FAISS_DEPTH})")
-    group.add_argument("--rerank_depth", type=int, help="passages scored exactly (default: k, at least 1000)")
-    parser.add_argument("--cpu", action=switch, default=False, help="use the CPU even where there is a GPU")
-    parser.add_argument("--gpu_index", action=switch, default=False, help="put the index on the GPU too")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    run_stage(main, parse_args())
+    run_stage(main, ARGS)

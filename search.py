@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,8 +27,10 @@ from torch import Tensor
 
 import kernels
 from artifact import InputError, link, write_json
-from codec import Codec, Codes, Tables, single_threads
+from codec import Codec, Codes, Tables
+from compute import single_threads
 from kernels import FINAL, LANES
+from knobs import Effort
 from maxsim import maxsim_packed
 from ragged import Ids, IdWriter, NpyWriter, Ragged, neighbours, ranges
 
@@ -40,28 +41,6 @@ EXACT_TOKENS = 4096  # embeddings scored exactly at a time
 COMPACT_PASSAGES = 4096  # passages copied at a time
 FIRST = "1"  # the segment that an index is built with
 BLOCK = 1 << 16  # passages whose inverted lists are kept together
-
-
-class Effort(NamedTuple):
-    """How hard to look: lists probed for each query token, and passages that go through each later step."""
-
-    nprobe: int
-    n_coarse: int
-    n_fine: int
-    n_exact: int
-
-
-QUALITY = {  # nprobe; the others as so many and so many more for each passage that is asked for
-    "fast": (8, (512, 6), (32, 3), (4, 1)),
-    "default": (32, (3000, 22), (120, 6), (10, 2)),
-    "best": (64, (8000, 50), (300, 10), (20, 4)),
-}
-
-
-def effort_for(quality: str, k: int, **knobs: int) -> Effort:
-    """The effort of a quality where k passages are asked for; knobs of Effort override it."""
-    nprobe, *steps = QUALITY[quality]
-    return Effort(nprobe, *(some + more * k for some, more in steps))._replace(**knobs)
 
 
 # -------------------------------------------------------------------------------------------------------------- write

@@ -20,6 +20,87 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    switch = argparse.BooleanOptionalAction
+
+    group = parser.add_argument_group("data and model")
+    group.add_argument("--tokens_dir", type=Path, required=True, help="what tsv2mmap.py wrote, with triples")
+    group.add_argument("--base_model", required=True, help="Hugging Face encoder, or a ColBERT model to go on from")
+    group.add_argument("--output_dir", type=Path, required=True, help="the model folder to write")
+    group.add_argument("--dim", type=int, default=128, help="size of a token embedding (default 128)")
+    group.add_argument("--mask_punctuation", action=switch, default=True, help="drop punctuation in passages")
+    group.add_argument("--similarity", choices=("l2", "cosine"), default="l2", help="of the training loss (default l2)")
+    group.add_argument(
+        "--projection",
+        choices=("orthogonal", "principal"),
+        default="orthogonal",
+        help="how a new projection begins: random rows, or the encoder's principal directions",
+    )
+    group.add_argument("--dropout", type=float, help="dropout rate of the encoder (default: as it comes)")
+    group.add_argument(
+        "--attention_dropout",
+        type=float,
+        default=0.0,
+        help="of the attention weights (default 0; v1 0.1): above 0 a GPU, too, computes padded batches",
+    )
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--max_steps", type=int, default=400_000, help="optimiser steps, exactly (default 400000)")
+    group.add_argument("--batch_size", type=int, default=32, help="triples a step over all processes (default 32)")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="parts a batch is computed in")
+    group.add_argument(
+        "--in_batch_negatives",
+        action=switch,
+        default=False,
+        help="also take the other passages of the micro-batch as negatives (not v1)",
+    )
+    group.add_argument("--lr", type=float, default=3e-6, help="peak learning rate (default 3e-6)")
+    group.add_argument("--warmup_steps", type=int, default=0, help="steps of linear warm-up (default 0)")
+    group.add_argument(
+        "--schedule",
+        choices=("constant", "linear"),
+        default="constant",
+        help="after the warm-up: constant as v1, or linear decay to 0 at --max_steps",
+    )
+    group.add_argument("--weight_decay", type=float, default=0.0, help="of AdamW (default 0)")
+    group.add_argument("--max_grad_norm", type=float, default=2.0, help="clip gradients; 0: not at all (default 2)")
+    group.add_argument("--shuffle", action=switch, default=False, help="random order by --seed, else file order as v1")
+    group.add_argument("--seed", type=int, default=12345, help="of dropout, the projection and --shuffle")
+
+    group = parser.add_argument_group("running")
+    group.add_argument(
+        "--mixed_precision",
+        choices=("auto", "no", "fp16", "bf16"),
+        default="auto",
+        help="auto: bf16 where this machine is faster in it, else fp32 (fp16 on older GPUs)",
+    )
+    group.add_argument("--cpu", action=switch, default=False, help="train on the CPU even where there is a GPU")
+    group.add_argument("--resume", action=switch, default=False, help="go on from the last checkpoint, if there is one")
+    group.add_argument("--save_steps", type=int, default=10_000, help="steps between checkpoints (default 10000)")
+    group.add_argument("--keep_checkpoints", type=int, default=2, help="how many to keep (default 2)")
+    group.add_argument("--log_steps", type=int, default=10, help="steps between writes to the log (default 10)")
+    group.add_argument(
+        "--wandb_mode",
+        choices=("auto", "online", "offline", "disabled"),
+        default="auto",
+        help="auto: online where logged in, else offline; never asks (default auto)",
+    )
+    group.add_argument("--wandb_project", default="nanocolbert", help="wandb project (default nanocolbert)")
+
+    group = parser.add_argument_group("evaluation while training (reranking)")
+    group.add_argument("--dev_queries", type=Path, help="qid, query")
+    group.add_argument("--dev_qrels", type=Path, help="qrels of these queries")
+    group.add_argument("--dev_candidates", type=Path, help="a run, or top1000.dev; pids of the tokens' collection")
+    group.add_argument("--dev_depth", type=int, default=100, help="candidates of a query that are used (default 100)")
+    group.add_argument("--eval_steps", type=int, default=1000, help="steps between evaluations (default 1000)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # before the imports that take seconds: --help, or a wrong flag, is answered at once
+    ARGS = parse_args()
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -500,82 +581,5 @@ def main(args):
     return result
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    switch = argparse.BooleanOptionalAction
-
-    group = parser.add_argument_group("data and model")
-    group.add_argument("--tokens_dir", type=Path, required=True, help="what tsv2mmap.py wrote, with triples")
-    group.add_argument("--base_model", required=True, help="Hugging Face encoder, or a ColBERT model to go on from")
-    group.add_argument("--output_dir", type=Path, required=True, help="the model folder to write")
-    group.add_argument("--dim", type=int, default=128, help="size of a token embedding (default 128)")
-    group.add_argument("--mask_punctuation", action=switch, default=True, help="drop punctuation in passages")
-    group.add_argument("--similarity", choices=("l2", "cosine"), default="l2", help="of the training loss (default l2)")
-    group.add_argument(
-        "--projection",
-        choices=("orthogonal", "principal"),
-        default="orthogonal",
-        help="how a new projection begins: random rows, or the encoder's principal directions",
-    )
-    group.add_argument("--dropout", type=float, help="dropout rate of the encoder (default: as it comes)")
-    group.add_argument(
-        "--attention_dropout",
-        type=float,
-        default=0.0,
-        help="of the attention weights (default 0; v1 0.1): above 0 a GPU, too, computes padded batches",
-    )
-
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--max_steps", type=int, default=400_000, help="optimiser steps, exactly (default 400000)")
-    group.add_argument("--batch_size", type=int, default=32, help="triples a step over all processes (default 32)")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="parts a batch is computed in")
-    group.add_argument(
-        "--in_batch_negatives",
-        action=switch,
-        default=False,
-        help="also take the other passages of the micro-batch as negatives (not v1)",
-    )
-    group.add_argument("--lr", type=float, default=3e-6, help="peak learning rate (default 3e-6)")
-    group.add_argument("--warmup_steps", type=int, default=0, help="steps of linear warm-up (default 0)")
-    group.add_argument(
-        "--schedule",
-        choices=("constant", "linear"),
-        default="constant",
-        help="after the warm-up: constant as v1, or linear decay to 0 at --max_steps",
-    )
-    group.add_argument("--weight_decay", type=float, default=0.0, help="of AdamW (default 0)")
-    group.add_argument("--max_grad_norm", type=float, default=2.0, help="clip gradients; 0: not at all (default 2)")
-    group.add_argument("--shuffle", action=switch, default=False, help="random order by --seed, else file order as v1")
-    group.add_argument("--seed", type=int, default=12345, help="of dropout, the projection and --shuffle")
-
-    group = parser.add_argument_group("running")
-    group.add_argument(
-        "--mixed_precision",
-        choices=("auto", "no", "fp16", "bf16"),
-        default="auto",
-        help="auto: bf16 where this machine is faster in it, else fp32 (fp16 on older GPUs)",
-    )
-    group.add_argument("--cpu", action=switch, default=False, help="train on the CPU even where there is a GPU")
-    group.add_argument("--resume", action=switch, default=False, help="go on from the last checkpoint, if there is one")
-    group.add_argument("--save_steps", type=int, default=10_000, help="steps between checkpoints (default 10000)")
-    group.add_argument("--keep_checkpoints", type=int, default=2, help="how many to keep (default 2)")
-    group.add_argument("--log_steps", type=int, default=10, help="steps between writes to the log (default 10)")
-    group.add_argument(
-        "--wandb_mode",
-        choices=("auto", "online", "offline", "disabled"),
-        default="auto",
-        help="auto: online where logged in, else offline; never asks (default auto)",
-    )
-    group.add_argument("--wandb_project", default="nanocolbert", help="wandb project (default nanocolbert)")
-
-    group = parser.add_argument_group("evaluation while training (reranking)")
-    group.add_argument("--dev_queries", type=Path, help="qid, query")
-    group.add_argument("--dev_qrels", type=Path, help="qrels of these queries")
-    group.add_argument("--dev_candidates", type=Path, help="a run, or top1000.dev; pids of the tokens' collection")
-    group.add_argument("--dev_depth", type=int, default=100, help="candidates of a query that are used (default 100)")
-    group.add_argument("--eval_steps", type=int, default=1000, help="steps between evaluations (default 1000)")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    run_stage(main, parse_args())
+    run_stage(main, ARGS)

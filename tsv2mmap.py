@@ -24,12 +24,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from artifact import InputError, check_file, fingerprint, publish, run_stage, seen_from, write_meta
-from layouts import texts_of
-from model import load_tokenizer, prepare_texts, tokenize, tokenizer_fingerprint
 from progress import progress
 from ragged import Ids, IdWriter, NpyWriter, RaggedWriter
+from text import prepare_texts, tokenize
 from tsv import batched, open_bytes, read_id_text, read_rows
 
 CHUNK = 2000  # texts handed to a worker at a time
@@ -57,10 +57,10 @@ class TokenWriter:
         self.writer.close()
 
 
-def start_worker(name_or_path: str, maxlen: dict[str, int], texts: dict, dtype: str) -> None:
-    """Load the tokenizer once in each worker; the workers are the parallelism, so each keeps to one thread."""
+def start_worker(tokenizer: str, maxlen: dict[str, int], texts: dict, dtype: str) -> None:
+    """Load the tokenizer (JSON) once in each worker; the workers are the parallelism, so each keeps to one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenize_chunk.tokenizer, tokenize_chunk.maxlen, tokenize_chunk.dtype = load_tokenizer(name_or_path), maxlen, dtype
+    tokenize_chunk.tokenizer, tokenize_chunk.maxlen, tokenize_chunk.dtype = Tokenizer.from_str(tokenizer), maxlen, dtype
     tokenize_chunk.texts = texts
 
 
@@ -192,6 +192,9 @@ def main(args):
         check_file(path, "input of tsv2mmap.py")
     if not inputs or (args.triples is None and args.collection is None):
         raise InputError("nothing to do: give --collection, or --triples, or both")
+    from layouts import texts_of  # here: the workers, which import this file, need neither torch nor transformers
+    from model import load_tokenizer, tokenizer_fingerprint
+
     tokenizer = load_tokenizer(args.tokenizer)
     texts = texts_of(args.tokenizer)  # a ColBERT checkpoint may put prompts before them
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
@@ -206,7 +209,7 @@ def main(args):
     counts = {}
     with (
         publish(args.output_dir) as folder,
-        context.Pool(args.workers, start_worker, (args.tokenizer, maxlen, texts, dtype)) as pool,
+        context.Pool(args.workers, start_worker, (tokenizer.backend_tokenizer.to_str(), maxlen, texts, dtype)) as pool,
     ):
         writers = {
             kind: TokenWriter(folder / name, pool, dtype, kind)

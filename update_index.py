@@ -13,11 +13,28 @@ import argparse
 import time
 from pathlib import Path
 
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--index_dir", type=Path, required=True, help="what build_index.py wrote")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--add", type=Path, help="collection of new passages: pid, passage (.tsv or .tsv.gz)")
+    what.add_argument("--delete", type=Path, help="ids of passages, one a line")
+    what.add_argument("--compact", action="store_true", help="make one segment of all, without what was deleted")
+    parser.add_argument("--model", type=Path, help="for --add: the ColBERT model folder that the index was made from")
+    parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=False, help="use the CPU all the same")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # before the imports that take seconds: --help, or a wrong flag, is answered at once
+    ARGS = parse_args()
+
 import transformers
 
 import search
 from artifact import InputError, check_file, read_meta, run_stage
-from model import ColBERT, default_device, model_fingerprint
+from compute import default_device
+from model import ColBERT, model_fingerprint
 from tsv import batched, read_id_text
 
 PASSAGES = 4096  # embedded and added at a time
@@ -70,17 +87,5 @@ def main(args):
     }
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--index_dir", type=Path, required=True, help="what build_index.py wrote")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--add", type=Path, help="collection of new passages: pid, passage (.tsv or .tsv.gz)")
-    what.add_argument("--delete", type=Path, help="ids of passages, one a line")
-    what.add_argument("--compact", action="store_true", help="make one segment of all, without what was deleted")
-    parser.add_argument("--model", type=Path, help="for --add: the ColBERT model folder that the index was made from")
-    parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=False, help="use the CPU all the same")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    run_stage(main, parse_args())
+    run_stage(main, ARGS)

@@ -28,7 +28,6 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import faiss
 import numpy as np
 import torch
 import transformers
@@ -37,10 +36,11 @@ from measure import REPO, add_results_flag, command_flags, hardware, run_command
 from peers.search_peer import time_queries
 
 from artifact import read_meta, write_json
+from knobs import effort_for
 from model import ColBERT
 from ragged import Ragged
 from retrieve import Searcher
-from search import CompressedIndex, effort_for
+from search import CompressedIndex
 from tsv import read_queries
 
 KS = (10, 100)
@@ -166,6 +166,9 @@ def open_ours(name: str, vectors: Path, index: Path):
     if name != "ivfpq":
         codes = CompressedIndex(index)
         return lambda query, k, effort: codes.search(query, k, effort_for(effort[0], k, **effort[1]))[0]
+    import faiss
+
+    faiss.omp_set_num_threads(1)
     searcher = Searcher(index, device="cpu")
     searcher.faiss  # noqa: B018 - opened when first asked for
 
@@ -207,7 +210,6 @@ def main(args):
     transformers.utils.logging.disable_progress_bar()
     os.environ |= dict.fromkeys(THREADS, "1")  # of other processes
     torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
     environments = args.environments.absolute() if args.environments else Path("none")
     pythons = {name: environments / (SYSTEMS[name].peer or "") / "bin" / "python" for name in args.systems}
     names = [name for name in args.systems if not SYSTEMS[name].peer or pythons[name].exists()]

@@ -8,7 +8,8 @@ from test_search import EVERYTHING, block, make_index
 
 from codec import Codec
 from gpu_search import GpuIndex
-from search import CompressedIndex, Effort, add, delete
+from knobs import Effort
+from search import CompressedIndex, add, delete
 
 
 @pytest.mark.parametrize(("bits", "vectors"), [(1, False), (4, False), (2, True)])

@@ -22,7 +22,8 @@ from codec import Codec
 from kernels import LANES
 from maxsim import maxsim_packed
 from retrieve import Searcher
-from search import QUALITY, CompressedIndex, Effort, add, compact, create, delete, effort_for
+from knobs import QUALITY, Effort, effort_for
+from search import CompressedIndex, add, compact, create, delete
 
 EVERYTHING = Effort(NLIST, 10**6, 10**6, 10**6)
 
