@@ -61,7 +61,7 @@ class Records:
         self.stages, self.contents = saved.get("stages", {}), saved.get("contents", {})
 
     def name(self, file: Path) -> str:
-        return os.path.relpath(file.resolve(), self.out.resolve())
+        return os.path.relpath(file, self.out)
 
     def put(self, name: str, made_from: dict, output: str | None, made: bool) -> None:
         """Record how FILE was made (by this driver or not) or, without an output, is about to be."""
@@ -138,11 +138,13 @@ def remade_since(file: Path, made_from: dict, records: Records) -> list[str]:
 def put_away(target: Path, out: Path, made_from: dict, why: str) -> str:
     """Remove what a stage wrote, or move a model to NAME.old; returns what to say of it. Else it is an error."""
     meta, real = read_json(target / "meta.json") if target.is_dir() else {}, target.resolve()
-    doubt = "is a symbolic link" if target.is_symlink() else ""
+    doubt = ""
     if out.resolve() not in real.parents and meta.get("kind") != "demo collection":
         doubt = f"is not within {out}"
     if any(real in (path.resolve(), *path.resolve().parents) for path in inputs(made_from)):
         doubt = "holds what it is made from"
+    if target.is_symlink():
+        doubt = "is a symbolic link"
     if doubt:
         fail(f"{target}: is to be made again ({why}), but {doubt}: remove it, or give another output")
     if target.is_file():
