@@ -1,24 +1,16 @@
 #!/usr/bin/env bash
-# From raw text to metrics: bash scripts/run_colbert.sh [CONFIG]. CONFIG is a file of shell variables (configs/);
-# without one: MS MARCO where scripts/download.sh has put it, else the built-in demo. A stage that is done is skipped,
-# one that was interrupted goes on; to do a stage again, remove what it wrote.
+# From raw text to metrics: bash scripts/run_colbert.sh [CONFIG]. CONFIG is a file of shell variables (configs/), its
+# paths seen from the repository; without one: MS MARCO where scripts/download.sh has put it, else the built-in demo.
+# What is done is skipped, what was interrupted goes on, what another command or other inputs made is made again.
 set -euo pipefail
-source "$(dirname "$0")/setup.sh"
+if [ -e "${1:-}" ]; then set -- "$(realpath -- "$1")"; fi  # setup.sh leaves the folder it is given from
+source "$(dirname -- "$0")/setup.sh"
 default=configs/demo.sh
 [ -e data/msmarco/collection.tsv ] && default=configs/msmarco.sh
 source "${1:-$default}"
 
-stage() {  # stage FILE COMMAND...: run COMMAND, unless FILE, which it finishes with, is there
-    local file=$1
-    shift
-    if [ -e "$file" ]; then
-        echo "== done: $file"
-    else
-        echo "== $*"
-        local started=$SECONDS
-        "$@"
-        echo "== $((SECONDS - started)) s: $file"
-    fi
+stage() {  # stage FILE COMMAND...: run COMMAND, which ends by writing FILE, unless that is done (scripts/stage.py)
+    python scripts/stage.py "$OUT" "$@"
 }
 
 retrieve() {  # retrieve NAME ARGUMENTS...: search the dev queries into $OUT/NAME.run, measure into NAME.json

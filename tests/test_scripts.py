@@ -3,8 +3,8 @@
 import json
 import os
 import subprocess
+import sys
 
-import pytest
 from conftest import ROOT, TRAIN_STEPS
 
 CONFIG = """
@@ -24,33 +24,51 @@ compare() {{
 """
 
 
-@pytest.mark.skipif(not (ROOT / ".venv/ready").exists(), reason="the driver would set up .venv")
-def test_driver_runs_every_stage_once(toy_dir, encoder_dir, tmp_path):
+ENVIRONMENT = os.environ | {"NANOCOLBERT_PYTHON": sys.executable}  # sets nothing up
+
+
+def run_driver(config, **options) -> subprocess.CompletedProcess:
+    command = ["bash", str(ROOT / "scripts/run_colbert.sh"), str(config)]
+    options = {"cwd": ROOT, "env": ENVIRONMENT, "stdin": subprocess.DEVNULL} | options
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def made(done: subprocess.CompletedProcess) -> list[str]:
+    """What a run made, in order."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line.split(" s: ")[1] for line in done.stdout.splitlines() if " s: " in line]
+
+
+def test_driver_does_every_stage_once_and_again_what_a_changed_setting_changes(toy_dir, encoder_dir, tmp_path):
     config, out = tmp_path / "config.sh", tmp_path / "out"
-    config.write_text(CONFIG.format(out=out, toy=toy_dir, encoder=encoder_dir, steps=TRAIN_STEPS))
-    command = ["bash", "scripts/run_colbert.sh", str(config)]
-
-    def run() -> str:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    first = run()
+    text = CONFIG.format(out=out, toy=toy_dir, encoder=encoder_dir, steps=TRAIN_STEPS)
+    config.write_text(text)
     artifacts = [f"{out}/{name}" for name in ("tokens/meta.json", "model/meta.json", "embeddings/meta.json")]
     artifacts += [f"{out}/{name}" for name in ("index/meta.json", "colbert.run", "colbert.json")]
-    assert [line.split(" s: ")[1] for line in first.splitlines() if " s: " in line] == artifacts
+
+    first = run_driver(config)
+    assert made(first) == artifacts
     metrics = json.loads((out / "colbert.json").read_text())
     assert metrics["judged_queries"] == 16 and 0 <= metrics["MRR@10"] <= 1
-    table = next(line for line in first.splitlines() if line.startswith("ColBERT"))
+    table = next(line for line in first.stdout.splitlines() if line.startswith("ColBERT"))
     assert table.split()[1] == f"{metrics['MRR@10']:.4f}"
+
     times = {path: os.stat(path).st_mtime_ns for path in artifacts}
-    assert run().splitlines()[:6] == [f"== done: {path}" for path in artifacts]
+    second = run_driver(config.name, cwd=tmp_path)  # from elsewhere: found from where one stands
+    assert made(second) == []
+    assert second.stdout.splitlines()[:6] == [f"== done: {path}" for path in artifacts]
     assert times == {path: os.stat(path).st_mtime_ns for path in artifacts}
+
+    config.write_text(text.replace("--nlist 4", "--nlist 2"))
+    third = run_driver(config)
+    assert made(third) == artifacts[3:]
+    assert [line for line in third.stdout.splitlines() if line.startswith("== again: ")] == [
+        f"== again: {out}/index (--nlist 2, was 4)",
+        f"== again: {out}/colbert.run ({out}/index has changed)",
+        f"== again: {out}/colbert.json ({out}/colbert.run has changed)",
+    ]
 
 
 def test_driver_names_a_missing_configuration():
-    command = ["bash", "scripts/run_colbert.sh", "configs/none.sh"]
-    if not (ROOT / ".venv/ready").exists():
-        pytest.skip("the driver would set up .venv")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run_driver("configs/none.sh")
     assert done.returncode != 0 and "configs/none.sh" in done.stderr
