@@ -20,9 +20,9 @@ import search
 from artifact import InputError
 from codec import Codec
 from kernels import LANES
+from knobs import QUALITY, Effort, effort_for
 from maxsim import maxsim_packed
 from retrieve import Searcher
-from knobs import QUALITY, Effort, effort_for
 from search import CompressedIndex, add, compact, create, delete
 
 EVERYTHING = Effort(NLIST, 10**6, 10**6, 10**6)
