@@ -225,48 +225,38 @@ def least_sum(typing, a, b):
     return types.float32(_address, _address), generate
 
 
-def _n_lowest(builder, numbers, n):
-    """GROUPED fp32 numbers at an address, and which are the n lowest of them, the first of equal ones."""
-    counts = ir.VectorType(_I32, GROUPED)
-    vector, lower = _load_strip(builder, numbers, ir.VectorType(_F32, GROUPED)), ir.Constant(counts, [0] * GROUPED)
-    for at in range(GROUPED):
-        other = _shuffle(builder, vector, [ir.Constant(_I32, at)] * GROUPED)
-        later = ir.Constant(ir.VectorType(ir.IntType(1), GROUPED), [int(place > at) for place in range(GROUPED)])
-        before = builder.select(later, *(builder.fcmp_ordered(sign, other, vector) for sign in ("<=", "<")))
-        lower = builder.add(lower, builder.zext(before, counts))
-    return vector, builder.icmp_signed("<", lower, _splat(builder, builder.trunc(n, _I32), counts))
-
-
 @intrinsic
 def nth_lowest(typing, numbers, n):
-    """The n-th lowest, counted from 1, of GROUPED fp32 numbers at an address."""
+    """The n-th lowest, counted from 1, of GROUPED fp32 numbers at an address: by how many are lower than each."""
 
     def generate(context, builder, signature, args):
-        vector, within = _n_lowest(builder, *args)
-        return _reduce(builder, builder.select(within, vector, ir.Constant(vector.type, [-1e30] * GROUPED)), "fmax")
+        kind, counts = ir.VectorType(_F32, GROUPED), ir.VectorType(_I32, GROUPED)
+        vector, lower = _load_strip(builder, args[0], kind), ir.Constant(counts, [0] * GROUPED)
+        for at in range(GROUPED):
+            other = _shuffle(builder, vector, [ir.Constant(_I32, at)] * GROUPED)
+            lower = builder.add(lower, builder.zext(builder.fcmp_ordered("<", other, vector), counts))
+        within = builder.icmp_signed("<", lower, _splat(builder, builder.trunc(args[1], _I32), counts))
+        return _reduce(builder, builder.select(within, vector, ir.Constant(kind, [-1e30] * GROUPED)), "fmax")
 
     return types.float32(_address, _int), generate
 
 
-@intrinsic
-def n_lowest(typing, numbers, n):
-    """Which are the n lowest of GROUPED fp32 numbers at an address: one bit each."""
+def _which(sign, width):
+    """An intrinsic: which of `width` fp32 numbers at an address are `sign` a limit, one bit each."""
 
-    def generate(context, builder, signature, args):
-        return builder.zext(builder.bitcast(_n_lowest(builder, *args)[1], ir.IntType(GROUPED)), _I64)
+    @intrinsic
+    def which(typing, numbers, limit):
+        def generate(context, builder, signature, args):
+            vector = _load_strip(builder, args[0], ir.VectorType(_F32, width))
+            bits = builder.fcmp_ordered(sign, vector, _splat(builder, args[1], vector.type))
+            return builder.zext(builder.bitcast(bits, ir.IntType(width)), _I64)
 
-    return types.uint64(_address, _int), generate
+        return types.uint64(_address, types.float32), generate
+
+    return which
 
 
-@intrinsic
-def at_most(typing, numbers, limit):
-    """Which of STRIP fp32 numbers at an address are at most a limit: one bit each."""
-
-    def generate(context, builder, signature, args):
-        few = builder.fcmp_ordered("<=", _load_strip(builder, args[0]), _splat(builder, args[1], _STRIP))
-        return builder.bitcast(few, _I64)
-
-    return types.uint64(_address, types.float32), generate
+at_most, few_below, few_equal = _which("<=", STRIP), _which("<", GROUPED), _which("==", GROUPED)
 
 
 @intrinsic
@@ -639,21 +629,25 @@ def find_nearest(vectors, first, width, columns, halves, nearest, errors):
                 place = start + trailing_zeros(bits)
                 bits &= bits - np.uint64(1)
                 found[n], places[n] = distances[place], place
-                n = keep_lowest(found, places, N) if n == GROUPED - 1 else n + 1
-        keep_lowest(found, places, N)
-        nearest[i], errors[i] = places[:N], found[:N]
+                n += 1
+                if n == GROUPED:  # no room for more
+                    take_lowest(found, places, errors[i], nearest[i])
+                    found[:N], places[:N], n = errors[i], nearest[i], N
+                    found[N:] = np.inf
+        take_lowest(found, places, errors[i], nearest[i])
 
 
 @njit(inline="always")
-def keep_lowest(numbers, places, n):
-    """Move the n lowest of GROUPED numbers to the front, with their places, and infinity into the rest; returns n."""
-    bits = n_lowest(numbers.ctypes.data, n)
-    for j in range(n):
+def take_lowest(numbers, places, lowest, places_of_lowest):
+    """Copy the n lowest of GROUPED numbers, and their places, to lowest (n,) and places_of_lowest (n,)."""
+    limit = nth_lowest(numbers.ctypes.data, len(lowest))
+    bits, equal = few_below(numbers.ctypes.data, limit), few_equal(numbers.ctypes.data, limit)
+    for j in range(len(lowest)):
+        if not bits:
+            bits = equal
         at = trailing_zeros(bits)
         bits &= bits - np.uint64(1)
-        numbers[j], places[j] = numbers[at], places[at]
-    numbers[n:] = np.inf
-    return n
+        lowest[j], places_of_lowest[j] = numbers[at], places[at]
 
 
 @njit(nogil=True, cache=True)
