@@ -149,15 +149,15 @@ def _splat(builder, value, kind):
     return _shuffle(builder, one, [ir.Constant(_I32, 0)] * kind.count)
 
 
-def _fold(builder, strips):
-    """The least numbers of some strips, GROUPED of them: each of those that are GROUPED apart."""
+def _fold(builder, strips, folded=()):
+    """The least numbers of some strips, and of what is folded, GROUPED of them: of those that are GROUPED apart."""
     least = lambda a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b)  # noqa: E731
     total = reduce(least, strips)
     while total.type.count > GROUPED:
         half = total.type.count // 2
         halves = ([ir.Constant(_I32, at) for at in range(start, start + half)] for start in (0, half))
         total = least(*(_shuffle(builder, total, places) for places in halves))
-    return total
+    return reduce(least, folded, total)
 
 
 def _shuffle(builder, vector, places):
@@ -202,12 +202,12 @@ def subtract_products(typing, base, columns, factors, n, target, minima):
             builder.cbranch(builder.icmp_signed("<", following, n), loop, end)
             builder.position_at_end(end)
             builder.store(less, builder.inttoptr(target, _STRIP.as_pointer())).align = 4
-            found.append(_fold(builder, [less]))
+            # stored at once: else LLVM keeps strips to fold later, more of them than AVX2 has registers for
+            found.append(_fold(builder, [less], found[-1:]))
+            builder.store(found[-1], builder.inttoptr(minima, found[-1].type.as_pointer())).align = 4
 
         _strips(builder, (base, columns, target), sum_up)
-        least = _fold(builder, found)
-        builder.store(least, builder.inttoptr(minima, least.type.as_pointer())).align = 4
-        return _reduce(builder, least, "fmin")
+        return _reduce(builder, found[-1], "fmin")
 
     return types.float32(_address, _address, _address, _int, _address, _address), generate
 
