@@ -134,7 +134,7 @@ class Book:
             words = np.zeros((len(level) - 1, CODEWORDS, np.diff(level).max()), np.float32)
             some = left[rng.permutation(n)[:BEGIN_SAMPLE]]
             kernels.first_codewords(some, level, rng.random(words.shape[:2]), words)
-            alone = [words, words[:0]], (level, level[:1]), np.zeros(len(level), np.int64)  # no finer parts
+            alone = [words, words[:0]], (level, level[:1]), np.zeros(len(level), np.int64)  # without finer parts
             for _ in range(BOOK_ITERATIONS):
                 codes, rebuilt = quantise(left, *alone, 1)
                 kernels.refine(words, level, codes, left - rebuilt[0])
@@ -153,8 +153,8 @@ class Book:
 
         For each coarse part the codeword that leaves least over after the fine ones, of the CANDIDATES nearest.
         """
-        codes, rebuilt = quantise(vectors[:, self.columns], self.codewords, self.edges, self.within, CANDIDATES)
-        return codes, self._back(rebuilt[0]), self._back(rebuilt[1])
+        codes, rebuilt = quantise(vectors, self.codewords, self.edges, self.within, CANDIDATES, self.columns)
+        return codes, *rebuilt
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Vectors (n, D) of codes (n, M), or of the coarse ones alone."""
@@ -163,12 +163,7 @@ class Book:
             here, codes = codes[:, : len(words)], codes[:, len(words) :]
             for m in range(here.shape[1]):
                 vectors[:, edges[m] : edges[m + 1]] += words[m, here[:, m], : edges[m + 1] - edges[m]]
-        return self._back(vectors)
-
-    def _back(self, parts: np.ndarray) -> np.ndarray:
-        vectors = np.empty_like(parts)
-        vectors[:, self.columns] = parts
-        return vectors
+        return vectors[:, np.argsort(self.columns)]
 
     def tables(self, query: Tensor) -> np.ndarray:
         """Dot products (M, 256, LANES) int16 of codewords with the parts of a query (LANES, D)."""
@@ -442,11 +437,15 @@ def nest(dim: int, coarse: int, fine: int) -> tuple[np.ndarray, tuple[np.ndarray
     return within, (edges[within], edges)
 
 
-def quantise(vectors: np.ndarray, codewords, edges, within, n_candidates: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes (n, M) of both levels, and the codewords they stand for, (2, n, D), as kernels.quantise says."""
+def quantise(vectors: np.ndarray, codewords, edges, within, n_candidates: int, columns=None) -> tuple:
+    """Codes (n, M) of both levels, and the codewords they stand for, (2, n, D), as kernels.quantise says.
+
+    columns (D,): those of the vectors in the order of the parts, None if they are in it.
+    """
+    columns = np.arange(vectors.shape[1]) if columns is None else columns
     codes = np.empty((len(vectors), sum(map(len, codewords))), np.uint8)
     rebuilt = np.empty((2, *vectors.shape), np.float32)
-    kernels.quantise(np.ascontiguousarray(vectors), *codewords, *edges, within, n_candidates, codes, rebuilt)
+    kernels.quantise(np.ascontiguousarray(vectors), columns, *codewords, *edges, within, n_candidates, codes, rebuilt)
     return codes, rebuilt
 
 

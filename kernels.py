@@ -547,9 +547,9 @@ def first_codewords(vectors, edges, chances, codewords):
     distance to the nearest codeword so far.
     """
     n = len(vectors)
-    distances = np.empty(n, np.float32)
+    distances, to_last = np.empty(n, np.float32), np.empty(n, np.float32)
     for m in range(len(codewords)):
-        first, width = edges[m], edges[m + 1] - edges[m]
+        part = vectors[:, edges[m] : edges[m + 1]].T.copy()  # (d, n)
         distances[:] = 1
         for k in range(codewords.shape[1]):
             wanted = chances[m, k] * distances.sum()
@@ -557,51 +557,55 @@ def first_codewords(vectors, edges, chances, codewords):
             while total < wanted and chosen < n - 1:
                 chosen += 1
                 total += distances[chosen]
-            for j in range(width):
-                codewords[m, k, j] = vectors[chosen, first + j]
+            to_last[:] = 0
+            for j in range(len(part)):
+                word = codewords[m, k, j] = part[j, chosen]
+                for i in range(n):
+                    to_last[i] += (part[j, i] - word) ** 2
             for i in range(n):
-                distance = np.float32(0)
-                for j in range(width):
-                    distance += (vectors[i, first + j] - codewords[m, k, j]) ** 2
-                distances[i] = distance if k == 0 else min(distances[i], distance)
+                distances[i] = to_last[i] if k == 0 else min(distances[i], to_last[i])
 
 
 @njit(nogil=True, cache=True)
-def quantise(vectors, coarse, fine, coarse_edges, fine_edges, within, n_candidates, codes, rebuilt):
+def quantise(vectors, columns, coarse, fine, coarse_edges, fine_edges, within, n_candidates, codes, rebuilt):
     """Codewords for the parts of each vector, and for the finer parts of what those leave over.
 
-    vectors (n, D) fp32; coarse (P, CODEWORDS, d) and fine (Q, CODEWORDS, e): codewords, of which part m uses
-    edges[m + 1] - edges[m] columns; within (P + 1,): the fine parts that part m is made of. Of the n_candidates coarse
-    codewords nearest to a part that one is taken whose fine codewords leave least over.
+    vectors (n, D) fp32, columns (D,): these in the order of the parts; coarse (P, CODEWORDS, d) and fine (Q, CODEWORDS,
+    e): codewords, of which part m has columns edges[m] to edges[m + 1] - 1; within (P + 1,): the fine parts that part m
+    is made of. Of the n_candidates coarse codewords nearest to a part that one is taken whose fine codewords leave
+    least over.
     Writes codes (n, P + Q) uint8, and the codewords themselves: rebuilt (2, n, D), the coarse ones, and both.
     """
     P, n = len(coarse), len(vectors)
-    columns, halves = transpose(coarse, coarse_edges)
-    fine_columns, fine_halves = transpose(fine, fine_edges)
+    rows, halves = transpose(coarse, coarse_edges)
+    fine_rows, fine_halves = transpose(fine, fine_edges)
     nearest, errors = np.empty((n, n_candidates), np.uint8), np.empty((n, n_candidates), np.float32)
     found, error = np.empty((n, 1), np.uint8), np.empty((n, 1), np.float32)
     for m in range(P):
         first, stop = coarse_edges[m], coarse_edges[m + 1]
-        left = vectors[:, first:stop].copy()  # (n, d)
-        find_nearest(left, 0, stop - first, columns[m], halves[m], nearest, errors)
+        left = np.empty((n, stop - first), np.float32)
+        for i in range(n):
+            for j in range(stop - first):
+                left[i, j] = vectors[i, columns[first + j]]
+        find_nearest(left, 0, stop - first, rows[m], halves[m], nearest, errors)
         for part in range(within[m], within[m + 1] if n_candidates > 1 else 0):
             begin, width = fine_edges[part] - first, fine_edges[part + 1] - fine_edges[part]
             words = coarse[m, :, begin : begin + width]
-            add_errors(left, begin, words, fine_columns[part], fine_halves[part], nearest, errors)
+            add_errors(left, begin, words, fine_rows[part], fine_halves[part], nearest, errors)
         for i in range(n):
             code = nearest[i, errors[i].argmin()]
             codes[i, m] = code
             for j in range(stop - first):
                 word = coarse[m, code, j]
-                rebuilt[0, i, first + j] = rebuilt[1, i, first + j] = word
+                rebuilt[0, i, columns[first + j]] = rebuilt[1, i, columns[first + j]] = word
                 left[i, j] -= word
         for part in range(within[m], within[m + 1]):
             begin, width = fine_edges[part], fine_edges[part + 1] - fine_edges[part]
-            find_nearest(left, begin - first, width, fine_columns[part], fine_halves[part], found, error)
+            find_nearest(left, begin - first, width, fine_rows[part], fine_halves[part], found, error)
             for i in range(n):
                 codes[i, P + part] = found[i, 0]
                 for j in range(width):
-                    rebuilt[1, i, begin + j] += fine[part, found[i, 0], j]
+                    rebuilt[1, i, columns[begin + j]] += fine[part, found[i, 0], j]
 
 
 @njit(nogil=True, cache=True)
@@ -612,7 +616,7 @@ def find_nearest(vectors, first, width, columns, halves, nearest, errors):
     codewords, as `transpose` says. Writes nearest (n, N) uint8, N under GROUPED, and errors (n, N): half the squared
     distances, less what all share.
     """
-    N, distances, minima = nearest.shape[1], np.empty(CODEWORDS, np.float32), np.empty(GROUPED, np.float32)
+    N, distances, minima = nearest.shape[1], zeros(1)[0], np.empty(GROUPED, np.float32)
     found, places = np.empty(GROUPED, np.float32), np.empty(GROUPED, np.uint8)
     distances_at, minima_at = distances.ctypes.data, minima.ctypes.data
     for i in range(len(vectors)):
@@ -660,16 +664,15 @@ def add_errors(vectors, first, words, columns, halves, nearest, errors):
     for each c, and a row for each x.
     """
     width = words.shape[1]
-    table, minima = np.empty((CODEWORDS, CODEWORDS), np.float32), np.empty(GROUPED, np.float32)
-    row, zeros = np.empty(CODEWORDS, np.float32), np.zeros(CODEWORDS, np.float32)
-    table_at, row_at, zeros_at = table.ctypes.data, row.ctypes.data, zeros.ctypes.data
+    table, row, nothing, minima = zeros(CODEWORDS), zeros(1), zeros(1), np.empty(GROUPED, np.float32)
+    table_at, row_at, nothing_at = table.ctypes.data, row.ctypes.data, nothing.ctypes.data
     columns_at, halves_at, minima_at = columns.ctypes.data, halves.ctypes.data, minima.ctypes.data
     for code in range(CODEWORDS):
         negative = -words[code]
         row_of_code = table_at + 4 * CODEWORDS * code
         subtract_products(halves_at, columns_at, negative.ctypes.data, width, row_of_code, minima_at)
     for i in range(len(vectors)):
-        subtract_products(zeros_at, columns_at, vectors[i, first:].ctypes.data, width, row_at, minima_at)
+        subtract_products(nothing_at, columns_at, vectors[i, first:].ctypes.data, width, row_at, minima_at)
         for c in range(nearest.shape[1]):
             errors[i, c] += least_sum(row_at, table_at + 4 * CODEWORDS * np.int64(nearest[i, c]))
 
@@ -700,10 +703,18 @@ def refine(words, edges, codes, left):
 def transpose(words, edges):
     """Codewords (M, CODEWORDS, d) as columns (M, d, CODEWORDS), and halves of their squares (M, CODEWORDS)."""
     M, width = len(words), words.shape[2]
-    columns, halves = np.zeros((M, width, CODEWORDS), np.float32), np.zeros((M, CODEWORDS), np.float32)
+    columns, halves = zeros(M * width).reshape(M, width, CODEWORDS), zeros(M)
     for m in range(M):
         for j in range(edges[m + 1] - edges[m]):
             for k in range(CODEWORDS):
                 columns[m, j, k] = words[m, k, j]
                 halves[m, k] += np.float32(0.5) * words[m, k, j] * words[m, k, j]
     return columns, halves
+
+
+@njit(nogil=True, cache=True)
+def zeros(n):
+    """Zeros (n, CODEWORDS), fp32, that begin with a cache line: no vector loaded of them lies in two."""
+    room = np.zeros(n * CODEWORDS + 16, np.float32)
+    first = -room.ctypes.data // 4 % 16
+    return room[first : first + n * CODEWORDS].reshape(n, CODEWORDS)
