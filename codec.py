@@ -49,6 +49,8 @@ BEGIN_SAMPLE = 8_000  # of them, those that k-means begins with
 BOOK_SAMPLE = 60_000  # differences that the codewords are trained on
 BOOK_ITERATIONS, JOINT_ITERATIONS, CENTROID_ITERATIONS = 6, 3, 6
 ASSIGN_BLOCK = 512  # embeddings whose similarities to all centroids are in memory at a time
+FEWEST_GROUPED, GROUP_BLOCK = 2048, 1 << 15  # centroids worth grouping where products are fp32; embeddings at a time
+TRIED = 4, 8  # groups that an embedding's nearest centroid is looked for in: to train centroids, to encode
 ENCODE_TOKENS = 1 << 15  # embeddings that a thread encodes at a time
 
 
@@ -130,10 +132,10 @@ class Book:
             words = np.zeros((len(level) - 1, CODEWORDS, np.diff(level).max()), np.float32)
             some = left[rng.permutation(n)[:BEGIN_SAMPLE]]
             kernels.first_codewords(some, level, rng.random(words.shape[:2]), words)
-            alone = [words, words[:0]], (level, level[:1]), np.zeros(len(level), np.int64)  # no finer parts
+            alone = [words, words[:0]], (level, level[:1]), np.zeros(len(level), np.int64)  # without finer parts
             for _ in range(BOOK_ITERATIONS):
                 codes, rebuilt = quantise(left, *alone, 1)
-                refine(words, level, codes, left - rebuilt[0])
+                kernels.refine(words, level, codes, left - rebuilt[0])
             left -= quantise(left, *alone, 1)[1][0]
             codewords.append(words)
         book = cls(codewords, columns)
@@ -141,7 +143,7 @@ class Book:
             codes, rebuilt = quantise(vectors, codewords, book.edges, book.within, CANDIDATES)
             left = vectors - rebuilt[1]
             for words, level, here in zip(codewords, edges, np.split(codes, [coarse], axis=1), strict=True):
-                refine(words, level, here, left)
+                kernels.refine(words, level, here, left)
         return cls([as_saved(words) for words in codewords], columns)
 
     def encode(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -149,8 +151,8 @@ class Book:
 
         For each coarse part the codeword that leaves least over after the fine ones, of the CANDIDATES nearest.
         """
-        codes, rebuilt = quantise(vectors[:, self.columns], self.codewords, self.edges, self.within, CANDIDATES)
-        return codes, self._back(rebuilt[0]), self._back(rebuilt[1])
+        codes, rebuilt = quantise(vectors, self.codewords, self.edges, self.within, CANDIDATES, self.columns)
+        return codes, *rebuilt
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Vectors (n, D) of codes (n, M), or of the coarse ones alone."""
@@ -159,12 +161,7 @@ class Book:
             here, codes = codes[:, : len(words)], codes[:, len(words) :]
             for m in range(here.shape[1]):
                 vectors[:, edges[m] : edges[m + 1]] += words[m, here[:, m], : edges[m + 1] - edges[m]]
-        return self._back(vectors)
-
-    def _back(self, parts: np.ndarray) -> np.ndarray:
-        vectors = np.empty_like(parts)
-        vectors[:, self.columns] = parts
-        return vectors
+        return vectors[:, np.argsort(self.columns)]
 
     def tables(self, query: Tensor) -> np.ndarray:
         """Dot products (M, 256, LANES) int16 of codewords with the parts of a query (LANES, D)."""
@@ -263,6 +260,10 @@ class Codec:
     def _unit(self) -> Tensor:
         return unit(torch.from_numpy(self.centroids))
 
+    @cached_property
+    def _groups(self) -> "Groups | None":
+        return Groups.of(self._unit)
+
     @property
     def dim(self) -> int:
         """Size D of a vector."""
@@ -324,7 +325,9 @@ class Codec:
         return Codes(coarse, fine, sizes)
 
     def _nearest(self, values: np.ndarray, device) -> np.ndarray:
-        return assign(torch.from_numpy(values), self._unit, device).numpy()
+        vectors, groups = torch.from_numpy(values), self._groups
+        groups = groups if torch.device(device).type == "cpu" else None
+        return (groups.assign(vectors, TRIED[1]) if groups else assign(vectors, self._unit, device)).numpy()
 
     def _encode_first(self, values: np.ndarray, device) -> tuple[np.ndarray, ...]:
         """Of representatives: centroids (n,), codes (n, M), vectors decoded coarsely and finely (n, D).
@@ -421,22 +424,16 @@ def nest(dim: int, coarse: int, fine: int) -> tuple[np.ndarray, tuple[np.ndarray
     return within, (edges[within], edges)
 
 
-def quantise(vectors: np.ndarray, codewords, edges, within, n_candidates: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes (n, M) of both levels, and the codewords they stand for, (2, n, D), as kernels.quantise says."""
+def quantise(vectors: np.ndarray, codewords, edges, within, n_candidates: int, columns=None) -> tuple:
+    """Codes (n, M) of both levels, and the codewords they stand for, (2, n, D), as kernels.quantise says.
+
+    columns (D,): those of the vectors in the order of the parts, None if they are in it.
+    """
+    columns = np.arange(vectors.shape[1]) if columns is None else columns
     codes = np.empty((len(vectors), sum(map(len, codewords))), np.uint8)
     rebuilt = np.empty((2, *vectors.shape), np.float32)
-    kernels.quantise(np.ascontiguousarray(vectors), *codewords, *edges, within, n_candidates, codes, rebuilt)
+    kernels.quantise(np.ascontiguousarray(vectors), columns, *codewords, *edges, within, n_candidates, codes, rebuilt)
     return codes, rebuilt
-
-
-def refine(words: np.ndarray, edges: np.ndarray, codes: np.ndarray, left: np.ndarray) -> None:
-    """Move codewords (M, 256, d) by the mean of what is left over of vectors (n, D) with their codes (n, M)."""
-    for m in range(len(words)):
-        counts = np.maximum(np.bincount(codes[:, m], minlength=CODEWORDS), 1)
-        for j in range(edges[m], edges[m + 1]):
-            shifts = (np.bincount(codes[:, m], left[:, j], CODEWORDS) / counts).astype(np.float32)
-            words[m, :, j - edges[m]] += shifts
-            left[:, j] -= shifts[codes[:, m]]
 
 
 def parts_of(dim: int, M: int) -> np.ndarray:
@@ -476,14 +473,61 @@ def unit(vectors: Tensor) -> Tensor:
     return torch.nn.functional.normalize(vectors, dim=-1)
 
 
+class Groups(NamedTuple):
+    """Unit centroids (C, D) in groups of what is near to one another, so that a vector is compared with few of them."""
+
+    centers: Tensor  # (G, D), of unit length
+    members: np.ndarray  # (C,): the centroids of each group, one group after the other
+    starts: np.ndarray  # (G + 1,): where a group's members begin
+    centroids: Tensor  # (C, D), in this order
+
+    @classmethod
+    def of(cls, centroids: Tensor, device="cpu") -> "Groups | None":
+        """None where comparing with all of them is as fast."""
+        if product_dtype(device) != torch.float32 or len(centroids) < FEWEST_GROUPED:
+            return None
+        n = 2 ** round(math.log2(len(centroids) / 2) / 2)
+        centers = unit(kmeans(centroids, n, np.random.default_rng(0)))
+        group = assign(centroids, centers).numpy()
+        members = np.argsort(group, kind="stable")
+        starts = np.append(0, np.bincount(group, minlength=n).cumsum())
+        return cls(centers, members, starts, centroids[members])
+
+    def assign(self, vectors: Tensor, n_tried: int) -> Tensor:
+        """The nearest centroid for each vector (n, D), (n,) int64, of those in the n_tried nearest groups."""
+        parts = [self._assign(part, min(n_tried, len(self.centers))) for part in vectors.split(GROUP_BLOCK)]
+        return torch.from_numpy(np.concatenate(parts))
+
+    def _assign(self, vectors: Tensor, n_tried: int) -> np.ndarray:
+        rows, ends = kernels.choose_groups((vectors @ self.centers.T).numpy(), n_tried)
+        best, nearest = np.full(len(vectors), -np.inf, np.float32), np.zeros(len(vectors), np.int64)
+        for group, end in enumerate(ends[1:]):
+            here, members = rows[ends[group] : end], slice(*self.starts[group : group + 2])
+            if len(here) and members.start < members.stop:
+                similarities = vectors[torch.from_numpy(here)] @ self.centroids[members].T
+                kernels.keep_best(similarities.numpy(), here, self.members[members], best, nearest)
+        return nearest
+
+
+def product_dtype(device) -> torch.dtype:
+    """What products with centroids are computed in: bf16 but on CPUs that would have to emulate it."""
+    device = torch.device(device)
+    return fast_dtype(device) if device.type == "cpu" else torch.bfloat16
+
+
 def assign(vectors: Tensor, centroids: Tensor, device="cpu") -> Tensor:
-    """The nearest of the unit centroids (C, D) for each vector (n, D): (n,) int64. Products in bf16."""
-    centroids, nearest = centroids.to(device, torch.bfloat16), torch.empty(len(vectors), dtype=torch.int64)
+    """The nearest of the unit centroids (C, D) for each vector (n, D): (n,) int64."""
+    dtype = product_dtype(device)
+    centroids, nearest = centroids.to(device, dtype), torch.empty(len(vectors), dtype=torch.int64)
     # One result and one buffer: small results among large passing ones would leave a heap of holes.
     buffer = torch.empty(min(ASSIGN_BLOCK, len(vectors)), len(centroids), device=device)
     for start in range(0, len(vectors), ASSIGN_BLOCK):
-        part = vectors[start : start + ASSIGN_BLOCK].to(device, torch.bfloat16)
-        similarities = buffer[: len(part)].copy_(part @ centroids.T)
+        part = vectors[start : start + ASSIGN_BLOCK].to(device, dtype)
+        similarities = buffer[: len(part)]
+        if dtype == buffer.dtype:
+            torch.matmul(part, centroids.T, out=similarities)
+        else:
+            similarities.copy_(part @ centroids.T)
         if similarities.device.type == "cpu":  # numpy's argmax is many times faster there
             nearest[start : start + len(part)] = torch.from_numpy(similarities.numpy().argmax(1))
         else:
@@ -495,7 +539,9 @@ def kmeans(vectors: Tensor, n: int, rng, device="cpu") -> Tensor:
     """Means (n, D) of clusters by cosine; a cluster that nothing is nearest to begins again at a random vector."""
     centroids = vectors[np.sort(rng.permutation(len(vectors))[:n])]
     for _ in range(CENTROID_ITERATIONS):
-        nearest = assign(vectors, unit(centroids), device)
+        centroids = unit(centroids)
+        groups = Groups.of(centroids, device)
+        nearest = groups.assign(vectors, TRIED[0]) if groups else assign(vectors, centroids, device)
         counts = torch.bincount(nearest, minlength=n)
         centroids = torch.zeros(n, vectors.shape[1]).index_add_(0, nearest, vectors) / counts.clamp(min=1)[:, None]
         empty = (counts == 0).nonzero()[:, 0]
