@@ -33,7 +33,7 @@ from torch import Tensor
 import kernels
 from artifact import InputError
 from compute import fast_dtype, single_threads
-from kernels import LANES, SCALE
+from kernels import CODEWORDS, LANES, SCALE
 from knobs import BITS
 from ragged import neighbours
 
@@ -41,7 +41,6 @@ BOOKS, LEVELS = ("representative", "follower"), ("coarse", "fine")
 OVERHEAD = 1.2  # bytes a token of centroids, offsets and sizes, in a collection of a few million tokens
 SIMILARITY = 0.85  # cosine from which a token may follow another
 MOST_CENTROIDS = 1 << 16  # what two bytes can name
-CODEWORDS = 256
 PER_CENTROID = 40  # embeddings that centroids are trained on; faiss warns under 39
 NORM_QUANTILES = 0.001, 0.999  # of the factors seen in training: what a byte of norm spans
 CANDIDATES = 8  # coarse codewords tried for each part
@@ -132,7 +131,7 @@ class Book:
             words = np.zeros((len(level) - 1, CODEWORDS, np.diff(level).max()), np.float32)
             some = left[rng.permutation(n)[:BEGIN_SAMPLE]]
             kernels.first_codewords(some, level, rng.random(words.shape[:2]), words)
-            alone = [words, words[:0]], (level, level[:1]), np.zeros(len(level), np.int64)  # without finer parts
+            alone = [words, words[:0]], (level, level[:1]), np.zeros(len(level), np.int64)  # no finer parts
             for _ in range(BOOK_ITERATIONS):
                 codes, rebuilt = quantise(left, *alone, 1)
                 kernels.refine(words, level, codes, left - rebuilt[0])
@@ -325,8 +324,7 @@ class Codec:
         return Codes(coarse, fine, sizes)
 
     def _nearest(self, values: np.ndarray, device) -> np.ndarray:
-        vectors, groups = torch.from_numpy(values), self._groups
-        groups = groups if torch.device(device).type == "cpu" else None
+        vectors, groups = torch.from_numpy(values), self._groups if torch.device(device).type == "cpu" else None
         return (groups.assign(vectors, TRIED[1]) if groups else assign(vectors, self._unit, device)).numpy()
 
     def _encode_first(self, values: np.ndarray, device) -> tuple[np.ndarray, ...]:
@@ -500,7 +498,7 @@ class Groups(NamedTuple):
 
     def _assign(self, vectors: Tensor, n_tried: int) -> np.ndarray:
         rows, ends = kernels.choose_groups((vectors @ self.centers.T).numpy(), n_tried)
-        best, nearest = np.full(len(vectors), -np.inf, np.float32), np.zeros(len(vectors), np.int64)
+        best, nearest = np.full(len(vectors), -1e30, np.float32), np.zeros(len(vectors), np.int64)
         for group, end in enumerate(ends[1:]):
             here, members = rows[ends[group] : end], slice(*self.starts[group : group + 2])
             if len(here) and members.start < members.stop:

@@ -42,6 +42,15 @@ def _store_row(builder, row, address):
     builder.store(row, builder.inttoptr(address, _VECTOR.as_pointer())).align = 2
 
 
+def _shuffle(builder, vector, places):
+    return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_I32, len(places)), places))
+
+
+def _splat(builder, value, kind):
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_I32, 0))
+    return _shuffle(builder, one, [ir.Constant(_I32, 0)] * kind.count)
+
+
 def _sum_rows(builder, base, tables, codes, n, kind=_VECTOR):
     """base[:] + sum over m < n of tables[m, codes[m], :]; bytes stay within their range."""
     constant = lambda value: ir.Constant(_I64, value)  # noqa: E731
@@ -74,9 +83,7 @@ def _sum_rows(builder, base, tables, codes, n, kind=_VECTOR):
 
 def _update_max(builder, best, row, factor):
     """best[:] = max(best[:], row[:] * factor >> 16): one instruction multiplies and shifts."""
-    factors = ir.Constant(_VECTOR, ir.Undefined)
-    for lane in range(LANES):
-        factors = builder.insert_element(factors, builder.trunc(factor, _I16), ir.Constant(ir.IntType(32), lane))
+    factors = _splat(builder, builder.trunc(factor, _I16), _VECTOR)
     product = builder.mul(builder.sext(row, _WIDE), builder.sext(factors, _WIDE))
     scaled = builder.trunc(builder.ashr(product, ir.Constant(_WIDE, [16] * LANES)), _VECTOR)
     old = _load_row(builder, best)
@@ -144,11 +151,6 @@ def _load_strip(builder, address, kind=_STRIP):
     return strip
 
 
-def _splat(builder, value, kind):
-    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_I32, 0))
-    return _shuffle(builder, one, [ir.Constant(_I32, 0)] * kind.count)
-
-
 def _fold(builder, strips, folded=()):
     """The least numbers of some strips, and of what is folded, GROUPED of them: of those that are GROUPED apart."""
     least = lambda a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b)  # noqa: E731
@@ -158,10 +160,6 @@ def _fold(builder, strips, folded=()):
         halves = ([ir.Constant(_I32, at) for at in range(start, start + half)] for start in (0, half))
         total = least(*(_shuffle(builder, total, places) for places in halves))
     return reduce(least, folded, total)
-
-
-def _shuffle(builder, vector, places):
-    return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_I32, len(places)), places))
 
 
 def _reduce(builder, numbers, name):
@@ -291,6 +289,12 @@ def position(typing, distances, value):
 
 
 @intrinsic
+def hold(typing, arrays):
+    """Does nothing, after the last use of the addresses of these arrays: numba would free them before it."""
+    return types.void(arrays), lambda context, builder, signature, args: context.get_dummy_value()
+
+
+@intrinsic
 def prefetch(typing, address):
     """Ask for the cache line of an address, which will be read soon."""
 
@@ -369,6 +373,7 @@ def score_fine(rows, coarse, fine, offsets, sizes, M, centroids, tables, fine_ta
             fine_at += M[2]
         for lane in range(LANES):
             scores[i] += best[lane]
+    hold(found)
 
 
 @njit(inline="always")
@@ -639,6 +644,7 @@ def find_nearest(vectors, first, width, columns, halves, nearest, errors):
                     found[:N], places[:N], n = errors[i], nearest[i], N
                     found[N:] = np.inf
         take_lowest(found, places, errors[i], nearest[i])
+    hold((distances, minima))
 
 
 @njit(inline="always")
@@ -664,17 +670,17 @@ def add_errors(vectors, first, words, columns, halves, nearest, errors):
     for each c, and a row for each x.
     """
     width = words.shape[1]
-    table, row, nothing, minima = zeros(CODEWORDS), zeros(1), zeros(1), np.empty(GROUPED, np.float32)
+    table, row, nothing, minima, negative = zeros(CODEWORDS), zeros(1), zeros(1), np.empty(GROUPED, np.float32), -words
     table_at, row_at, nothing_at = table.ctypes.data, row.ctypes.data, nothing.ctypes.data
     columns_at, halves_at, minima_at = columns.ctypes.data, halves.ctypes.data, minima.ctypes.data
     for code in range(CODEWORDS):
-        negative = -words[code]
-        row_of_code = table_at + 4 * CODEWORDS * code
-        subtract_products(halves_at, columns_at, negative.ctypes.data, width, row_of_code, minima_at)
+        negative_at, row_of_code = negative.ctypes.data + 4 * width * code, table_at + 4 * CODEWORDS * code
+        subtract_products(halves_at, columns_at, negative_at, width, row_of_code, minima_at)
     for i in range(len(vectors)):
         subtract_products(nothing_at, columns_at, vectors[i, first:].ctypes.data, width, row_at, minima_at)
         for c in range(nearest.shape[1]):
             errors[i, c] += least_sum(row_at, table_at + 4 * CODEWORDS * np.int64(nearest[i, c]))
+    hold((table, row, nothing, minima, negative))
 
 
 @njit(nogil=True, cache=True)
