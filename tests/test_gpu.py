@@ -21,19 +21,20 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_packed_batch(tokens_dir, model_dir, dtype):
-    data, results = Triples(tokens_dir, 8, None), []
-    for device in (torch.device("cpu"), torch.device("cuda")):
+    data, results, ways = Triples(tokens_dir, 8, None), [], (("cpu", torch.float32), ("cpu", dtype), ("cuda", dtype))
+    for device, compute_dtype in ((torch.device(name), compute_dtype) for name, compute_dtype in ways):
         model = ColBERT.from_pretrained(model_dir).to(device)
         packed = packable(model.encoder, device, dtype)
         assert packed == (device.type == "cuda")
         batch = to_device(collate(data, data.rows(0), model, 64, packed), device)
-        with torch.autocast(device.type, dtype, enabled=packed):
-            Q, P = model(**batch["inputs"])
+        with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
+            Q, P = (part.float() for part in model(**batch["inputs"]))
         loss = triples_loss(Q, P, batch["mask"], batch["passage_rows"], 2.0, True)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         results.append([Q.cpu(), P[batch["mask"]].cpu(), torch.cat([part.flatten().cpu() for part in gradients])])
-    for on_cpu, on_gpu in zip(*results, strict=True):
-        assert torch.nn.functional.cosine_similarity(on_cpu.flatten(), on_gpu.flatten().float(), dim=0) > 0.999
+    for exact, rounded, on_gpu in zip(*results, strict=True):
+        apart = [1 - torch.cosine_similarity(exact.flatten(), part.flatten(), dim=0) for part in (rounded, on_gpu)]
+        assert apart[1] < 1.5 * apart[0] + 1e-4 < 0.1  # no further than the same type's rounding on a CPU
 
 
 def test_stages(tmp_path, train_arguments, embedding_arguments, embedding_dir):
