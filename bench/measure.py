@@ -6,6 +6,7 @@ Every benchmark appends one JSON line to results/bench/<name>.jsonl, with the co
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -13,21 +14,32 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import torch
+
+from compute import fast_dtype
 
 REPO = Path(__file__).resolve().parent.parent
 DATA = REPO.parent / "shared" / "data"  # real collections in MS MARCO's format, where there are any
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+VECTOR_UNITS = ("avx", "fma", "amx", "asimd", "sve", "bf16")  # beginnings of what /proc/cpuinfo calls them
+MASKS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "NUMBA_CPU_NAME")
 INTERVAL = 0.02  # seconds between two looks at the memory of a command
 
 
 def hardware() -> dict:
-    """CPU model, cores this process may use, torch version, and the GPU if there is one."""
+    """The CPU, its vector units and what masks them, cores this process may use, torch version, the GPU if any."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    family = [f"{name} {fields[name]}" for name in ("cpu family", "model") if name in fields]
+    flags = fields.get("flags", fields.get("Features", "")).split()
     facts = {
-        "cpu": models[0] if models else platform.processor(),
+        "cpu": ", ".join([fields.get("model name", platform.processor()), *family]),
+        "flags": [flag for flag in flags if flag.startswith(VECTOR_UNITS)],
+        "masked": {name: os.environ[name] for name in MASKS if name in os.environ},
+        "compute": str(fast_dtype("cpu")).removeprefix("torch."),
         "cores": len(os.sched_getaffinity(0)),
         "load": round(os.getloadavg()[0], 2),  # a busy machine shows here
         "torch": torch.__version__,
@@ -36,12 +48,17 @@ def hardware() -> dict:
 
 
 def commit() -> dict:
-    """The commit measured, and whether tracked files differed from it."""
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True)
-    status = subprocess.run(
-        ["git", "status", "--porcelain", "--untracked-files=no"], cwd=REPO, capture_output=True, text=True
-    )
-    return {"commit": head.stdout.strip(), "modified": bool(status.stdout.strip())}
+    """The commit measured, and whether tracked files differed from it; nothing where git or its folder is missing."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=REPO, capture_output=True, text=True).stdout.strip()
+
+    if not shutil.which("git"):
+        return {"commit": "", "modified": False}
+    return {
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
+    }
 
 
 def write_result(name: str, args, hardware: dict, **figures) -> None:
