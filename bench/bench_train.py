@@ -31,6 +31,7 @@ from measure import DATA, MINILM, add_machine_flags, hardware, matmul_gflops, sp
 
 import train
 from attention import packable
+from compute import COMPUTE_DTYPES
 from model import FRAME, MARKERS, ColBERT, to_device, tokenize
 from ragged import RaggedWriter
 
@@ -89,7 +90,7 @@ class Worker:
             writer.close()
         np.save(folder / "triples.npy", np.concatenate(batches))
         data = train.Triples(folder, self.args.batch_size, None)
-        packed = packable(model.encoder, self.accelerator.device, train.COMPUTE_DTYPE[WAYS[self.way]])
+        packed = packable(model.encoder, self.accelerator.device, COMPUTE_DTYPES[WAYS[self.way]])
         budget = train.TRAIN_TOKENS_PER_BATCH[self.accelerator.device.type]
         made = [train.collate(data, rows, model, budget, packed) for rows in batches]
         lengths = [data.passages.lengths(rows[:, 1:].reshape(-1)) + FRAME for rows in batches]
