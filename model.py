@@ -337,15 +337,23 @@ class ColBERT(PreTrainedModel):
         values (T,), lengths (N,): word pieces. Of all projections to `dim`, this one keeps most of the encoder's
         similarities, which a short training cannot make up for.
         """
-        moments = torch.zeros(2 * (self.linear.in_features,), device=self.device)  # (H, H)
         starts = np.cumsum(lengths) - lengths
-        for rows in length_batches(lengths + FRAME, TOKENS_PER_BATCH["cpu"]):
+
+        @torch.inference_mode()
+        def moments(rows) -> Tensor:  # (H, H)
             framed = self.frame_passages(values[ranges(starts[rows], lengths[rows])], lengths[rows])
             ids, mask = (part.to(self.device) for part in framed)
+            kept = self.kept(ids, mask)  # (B, L)
             with self.autocast():
-                hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, L, H)
-            hidden = F.normalize(hidden[self.kept(ids, mask)].float(), dim=-1)  # (T', H)
-            moments += hidden.T @ hidden
+                if self.device.type == "cpu" and self.packs():
+                    hidden = encode_packed(self.encoder, pack((ids, mask, mask)))[kept[mask.bool()]]  # (T', H)
+                else:
+                    hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[kept]
+            hidden = F.normalize(hidden.float(), dim=-1)
+            return hidden.T @ hidden
+
+        batches = length_batches(lengths + FRAME, self.tokens_per_batch(int((lengths + FRAME).sum())))
+        moments = sum(map_alone(moments, batches, device=self.device))
         self.linear.weight.copy_(torch.linalg.eigh(moments).eigenvectors[:, -self.config.dim :].T)
 
     def kept_counts(self, values: np.ndarray, lengths: np.ndarray) -> np.ndarray:

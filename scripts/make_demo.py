@@ -14,6 +14,7 @@ Writes into --output_dir: collection.tsv, queries.{train,dev}.tsv, qrels.{train,
 import argparse
 import ast
 import importlib.util
+import multiprocessing
 import random
 import re
 import sys
@@ -30,7 +31,7 @@ from artifact import InputError, fingerprint, publish, run_stage, write_meta
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "_vendor", "idlelib", "lib2to3", "distutils"}
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 MIN_QUERY_WORDS, MAX_QUERY_WORDS = 4, 30
-MIN_PASSAGE_WORDS, MAX_PASSAGE_WORDS = 20, 120  # 120 words of code and prose are about the 180 tokens a model reads
+MIN_PASSAGE_WORDS, MAX_PASSAGE_WORDS = 20, 60  # 60 words of code and prose are about 90 tokens
 BM25_RANKS = 30  # hard negatives come from the passages at ranks 2 to 30
 
 
@@ -47,18 +48,25 @@ def package_folder(package: str) -> Path:
 def read_docstrings(package: str) -> Iterator[tuple[str, str]]:
     """Yield (qualified name, docstring) of a package's public names, files sorted, private folders left out."""
     folder = package_folder(package)
-    prefix = () if package == "stdlib" else (package,)
+    files, modules, prefix = [], [], () if package == "stdlib" else (package,)
     for path in sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).parts):
         parts = path.relative_to(folder).parts
         private = any(part.startswith("_") and part != "_core" for part in parts[:-1])  # np.sum lies in numpy/_core
         if private or SKIPPED_FOLDERS & set(parts) or path.name.startswith(("modular_", "convert_")):
             continue  # the last two are transformers' second copies of what a modeling_ file says
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):  # templates and deliberately broken files
-            continue
-        module = ".".join((*prefix, *parts[:-1], *(() if path.stem == "__init__" else (path.stem,))))
-        yield from walk_definitions(tree, module)
+        files.append(path)
+        modules.append(".".join((*prefix, *parts[:-1], *(() if path.stem == "__init__" else (path.stem,)))))
+    with multiprocessing.Pool() as pool:
+        for found in pool.imap(parse_file, zip(files, modules, strict=True), chunksize=16):
+            yield from found
+
+
+def parse_file(file: tuple[Path, str]) -> list[tuple[str, str]]:
+    """(qualified name, docstring) of what a file, of a module's name, defines; of a broken one nothing."""
+    try:
+        return list(walk_definitions(ast.parse(file[0].read_bytes()), file[1]))
+    except (SyntaxError, ValueError):  # templates and deliberately broken files
+        return []
 
 
 def walk_definitions(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
@@ -180,8 +188,8 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to make, e.g. data/demo")
     parser.add_argument("--packages", nargs="+", default=["stdlib", "numpy", "torch", "transformers"], help="sources")
-    parser.add_argument("--max_passages", type=int, default=3600, help="passages in the collection")
-    parser.add_argument("--dev_share", type=float, default=0.1, help="share of the passages that become dev queries")
+    parser.add_argument("--max_passages", type=int, default=2400, help="passages in the collection")
+    parser.add_argument("--dev_share", type=float, default=0.15, help="share of the passages that become dev queries")
     parser.add_argument("--n_hard", type=int, default=3, help="BM25 negatives of a training query; one random is added")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of negatives and the order of the triples")
     return parser.parse_args()
