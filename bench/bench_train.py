@@ -4,9 +4,9 @@
     python bench/bench_train.py --bert_base --device cuda --threads 8      # BERT-base shape, on a GPU
 
 Three ways, each in a process of its own, in turn: the reference's (passages padded to 180, fp32, or fp16 autocast on a
-GPU, a tensor of all differences), ours in fp32 and ours in bf16. A step takes --batch_size triples: queries and
-passages drawn at random from a collection, since speed does not depend on which they are. `gflops` counts the
-multiplications that real tokens need, three times those of the forward pass, so padding is no work done; `roof` is a
+GPU, a tensor of all differences), ours in fp32 and ours in the type that is fast here (one way where that is fp32). A
+step takes --batch_size triples: queries and passages drawn at random from a collection, since speed does not depend
+on which they are. `gflops` counts the multiplications that real tokens need, three times those of the forward pass, so padding is no work done; `roof` is a
 square matmul in the same type. Memory is that of the process: of the GPU where it is used.
 """
 
@@ -31,12 +31,17 @@ from measure import DATA, MINILM, add_machine_flags, hardware, matmul_gflops, sp
 
 import train
 from attention import packable
-from compute import COMPUTE_DTYPES
+from compute import COMPUTE_DTYPES, fast_dtype, mixed_precision
 from model import FRAME, MARKERS, ColBERT, to_device, tokenize
 from ragged import RaggedWriter
 
-WAYS = {"reference": "no", "ours_fp32": "no", "ours": "bf16"}
+WAYS = ("reference", "ours_fp32", "ours")
 worker = None  # of this process
+
+
+def precision(args, way: str) -> str:
+    """accelerate's name for the type that a way computes in."""
+    return mixed_precision(args.device) if way == "ours" else "no"
 
 
 class Worker:
@@ -47,7 +52,7 @@ class Worker:
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(args.threads)
         self.args, self.way = args, way
-        self.accelerator = Accelerator(mixed_precision=WAYS[way], cpu=args.device == "cpu")
+        self.accelerator = Accelerator(mixed_precision=precision(args, way), cpu=args.device == "cpu")
         rates = {"attention_dropout": None} if way == "reference" else {"dropout": args.dropout}
         with encoder_folder(args) as folder:
             model = ColBERT.from_base(str(folder), **rates)
@@ -90,7 +95,7 @@ class Worker:
             writer.close()
         np.save(folder / "triples.npy", np.concatenate(batches))
         data = train.Triples(folder, self.args.batch_size, None)
-        packed = packable(model.encoder, self.accelerator.device, COMPUTE_DTYPES[WAYS[self.way]])
+        packed = packable(model.encoder, self.accelerator.device, COMPUTE_DTYPES[precision(self.args, self.way)])
         budget = train.TRAIN_TOKENS_PER_BATCH[self.accelerator.device.type]
         made = [train.collate(data, rows, model, budget, packed) for rows in batches]
         lengths = [data.passages.lengths(rows[:, 1:].reshape(-1)) + FRAME for rows in batches]
@@ -120,7 +125,7 @@ class Worker:
         model, on_gpu = self.accelerator.unwrap_model(self.model), self.accelerator.device.type == "cuda"
         query_tokens = np.full(self.args.batch_size, model.config.query_maxlen)
         gflop = [useful_gflop(model, np.concatenate([length, query_tokens])) for length in self.lengths]
-        dtype = torch.bfloat16 if self.way == "ours" else torch.float32
+        dtype = COMPUTE_DTYPES[precision(self.args, self.way)]
         return {
             "dtype": str(dtype).removeprefix("torch."),
             "gflop_a_step": round(3 * statistics.mean(gflop), 1),
@@ -140,6 +145,8 @@ def call(args, way: str, method: str, *arguments):
 
 def main(args):
     machine, context = hardware(), multiprocessing.get_context("spawn")
+    if "ours" in args.ways and fast_dtype(args.device) == torch.float32:
+        args.ways = [way for way in args.ways if way != "ours_fp32"]
     pools = {way: context.Pool(1) for way in args.ways}
     seconds = {way: [] for way in args.ways}
     for way in args.ways:

@@ -7,7 +7,7 @@ TRIPLES=$DATA/triples.train.tsv
 DEV_QUERIES=$DATA/queries.dev.tsv
 DEV_QRELS=$DATA/qrels.dev.tsv
 source configs/minilm.sh
-TRAIN+=(--max_steps 20 --warmup_steps 4 --save_steps 10)
+TRAIN+=(--max_steps 16 --warmup_steps 4 --save_steps 8)
 
 prepare() {
     stage "$DATA/meta.json" python scripts/make_demo.py --output_dir "$DATA"

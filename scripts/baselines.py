@@ -2,8 +2,8 @@
 
 `bm25` is BM25 with Snowball stems and English stop words (k1 = 0.9, b = 0.4, Lucene's idf). `mean_pool` is one vector a
 text, the mean of an encoder's last hidden states, and the cosine of two. Writes a run file.
-On one core BM25 takes 1 s for the demo's 360 queries over 3,600 passages and 46 s for SQuAD's 10,570 over 20,958;
-mean_pool with MiniLM takes 90 s for the demo.
+On one core BM25 takes 1 s for the demo's 300 queries over 2,000 passages and 46 s for SQuAD's 10,570 over 20,958;
+mean_pool takes as long as embedding.
 
     python scripts/baselines.py --method bm25 --collection data/demo/collection.tsv \
         --queries data/demo/queries.dev.tsv --output bm25.tsv --k 1000
@@ -62,7 +62,10 @@ def load_encoder(model: str, max_tokens: int, batch_size: int):
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    from compute import default_device, fast_dtype
+
+    device = default_device().type
+    dtype = fast_dtype(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
         encoder = AutoModel.from_pretrained(model).to(device).eval()
@@ -77,7 +80,7 @@ def load_encoder(model: str, max_tokens: int, batch_size: int):
         for start in range(0, len(texts), batch_size):
             rows = by_length[start : start + batch_size]
             batch = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt").to(device)
-            with torch.autocast(device, torch.bfloat16):
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
                 hidden = encoder(**batch).last_hidden_state.float()  # (B, L, D)
             mask = batch["attention_mask"].unsqueeze(-1)  # (B, L, 1)
             mean = (hidden * mask).sum(1) / mask.sum(1)  # (B, D)
