@@ -7,7 +7,7 @@ Three ways, each in a process of its own, in turn: the reference's (passages pad
 GPU, a tensor of all differences), ours in fp32 and ours in the type that is fast here (one way where that is fp32). A
 step takes --batch_size triples: queries and passages drawn at random from a collection, since speed does not depend
 on which they are. `gflops` counts the multiplications that real tokens need, three times those of the forward pass, so
-padding is no work done; `roof` is a square matmul in the same type. Memory is the process's: the GPU's where it is used.
+padding is no work done; `roof` is a square matmul in the same type. Memory is that of the process, or the GPU's.
 """
 
 import argparse
