@@ -35,6 +35,7 @@ from artifact import InputError
 from compute import fast_dtype, single_threads
 from kernels import CODEWORDS, LANES, SCALE
 from knobs import BITS
+from progress import progress
 from ragged import neighbours
 
 BOOKS, LEVELS = ("representative", "follower"), ("coarse", "fine")
@@ -132,13 +133,13 @@ class Book:
             some = left[rng.permutation(n)[:BEGIN_SAMPLE]]
             kernels.first_codewords(some, level, rng.random(words.shape[:2]), words)
             alone = [words, words[:0]], (level, level[:1]), np.zeros(len(level), np.int64)  # no finer parts
-            for _ in range(BOOK_ITERATIONS):
+            for _ in progress(range(BOOK_ITERATIONS), desc="codewords", unit=" rounds"):
                 codes, rebuilt = quantise(left, *alone, 1)
                 kernels.refine(words, level, codes, left - rebuilt[0])
             left -= quantise(left, *alone, 1)[1][0]
             codewords.append(words)
         book = cls(codewords, columns)
-        for _ in range(JOINT_ITERATIONS):
+        for _ in progress(range(JOINT_ITERATIONS), desc="codewords", unit=" rounds"):
             codes, rebuilt = quantise(vectors, codewords, book.edges, book.within, CANDIDATES)
             left = vectors - rebuilt[1]
             for words, level, here in zip(codewords, edges, np.split(codes, [coarse], axis=1), strict=True):
@@ -536,7 +537,7 @@ def assign(vectors: Tensor, centroids: Tensor, device="cpu") -> Tensor:
 def kmeans(vectors: Tensor, n: int, rng, device="cpu") -> Tensor:
     """Means (n, D) of clusters by cosine; a cluster that nothing is nearest to begins again at a random vector."""
     centroids = vectors[np.sort(rng.permutation(len(vectors))[:n])]
-    for _ in range(CENTROID_ITERATIONS):
+    for _ in progress(range(CENTROID_ITERATIONS), desc="centroids", unit=" rounds"):
         centroids = unit(centroids)
         groups = Groups.of(centroids, device)
         nearest = groups.assign(vectors, TRIED[0]) if groups else assign(vectors, centroids, device)

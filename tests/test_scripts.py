@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, TRAIN_STEPS
 
 CONFIG = """
@@ -72,3 +73,16 @@ def test_driver_does_every_stage_once_and_again_what_a_changed_setting_changes(t
 def test_driver_names_a_missing_configuration():
     done = run_driver("configs/none.sh")
     assert done.returncode != 0 and "configs/none.sh" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "script", sorted(path.name for path in ROOT.glob("*.py") if "ARGS = parse_args()" in path.read_text())
+)
+def test_help_waits_for_no_import(script):
+    code = (
+        "import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: print('slow:', *{'torch', 'transformers', 'numba', 'faiss'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage:" in done.stdout and done.stdout.splitlines()[-1] == "slow:"

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, TRAIN_STEPS, call_stage, launch_cli, succeed, toy_inputs
 from transformers import BertTokenizerFast
 
+from compute import mixed_precision
 from model import ColBERT, model_fingerprint
 from train import Triples, collate, list_checkpoints, read_log, save_model, triples_loss, wandb_mode
 
@@ -157,6 +158,7 @@ def test_a_model_comes_out(model_dir, encoder_dir):
     assert not (model_dir / "model.new").exists() and not list(model_dir.rglob("*.partial"))
     meta = json.loads((model_dir / "meta.json").read_text())
     assert meta["kind"] == "model" and meta["steps"] == TRAIN_STEPS and meta["processes"] == 1
+    assert meta["mixed_precision"] == meta["args"]["mixed_precision"] == mixed_precision("cpu")  # found out
     model = ColBERT.from_pretrained(model_dir)
     base = ColBERT.from_base(encoder_dir, dim=16)
     changed = [not torch.equal(weights, base.state_dict()[name]) for name, weights in model.state_dict().items()]
@@ -204,6 +206,14 @@ def test_killed_and_resumed(train_arguments, tmp_path):
     steps = ("--max_steps", last + 6)
     assert "go on with --resume" in refused(flags, tmp_path / "a", *steps)
     assert "trained with lr 0.002, now 0.5" in refused(flags, tmp_path / "a", *steps, "--resume", "--lr", 0.5)
+    assert "trained with mixed_precision" in refused(
+        flags,
+        tmp_path / "a",
+        *steps,
+        "--resume",
+        "--mixed_precision",
+        "no" if mixed_precision("cpu") != "no" else "bf16",
+    )
     resumed = train(flags, tmp_path / "a", *steps, "--resume")
     uninterrupted = train(flags, tmp_path / "b", *steps)
     assert len(resumed) == last + 6 and resumed == pytest.approx(uninterrupted, rel=1e-4)
