@@ -119,7 +119,7 @@ from progress import progress
 from ragged import Ids, Ragged, ranges
 from tsv import read_queries
 
-TRAIN_TOKENS_PER_BATCH = {"cpu": 1536, "cuda": 1 << 16}  # passages that go through the encoder together, if padded
+TRAIN_TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 1 << 16}  # passages that go through the encoder together, if padded
 
 
 class Triples:
