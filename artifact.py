@@ -1,80 +1,230 @@
 """Artifacts: the folders that stages hand to each other.
 
 An artifact is a folder of plain arrays with a `meta.json`. It is written under a temporary name and renamed
-when whole, so a folder with a `meta.json` is finished, whatever happened to the process that wrote it.
+when whole, so a folder with a `meta.json` is finished, whatever happened to the process that wrote it. `meta.json` says
+what kind of folder it is, so that nothing else is ever replaced, and lists its files with their sizes, which every
+reader checks, and their checksums, which --verify checks.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import resource
 import shutil
+import stat
 import sys
 import time
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from cli import InputError
 
-class InputError(Exception):
-    """A mistake of the user's. Its message says where, what was found and what to do; `run_stage` exits with 2."""
-
-
-def run_stage(main, args) -> None:
-    """Run `main(args)` and print its result as one line of JSON; an InputError ends in one line and exit code 2."""
-    try:
-        result = main(args)
-    except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    finish(result)
-
-
-def finish(result: dict | None) -> None:
-    """Print a stage's result as one line of JSON; a process that is one of several ends here, at once.
-
-    Torn down object by object, gloo's threads in one process may wait for ever for another that has gone.
-    """
-    if result is not None:
-        print(json.dumps(result))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+BLOCK = 1 << 22  # bytes read at a time
+SUM = "checksum"  # the key of our JSON files that holds the checksum of all others
 
 
 def check_file(path, what: str) -> Path:
     """The path of an existing file. Raises InputError, naming `what` it should have been."""
-    if not Path(path).is_file():
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: a folder, not a file ({what})")
+    if not path.exists():
         raise InputError(f"{path}: no such file ({what})")
-    return Path(path)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------ outputs
+
+
+def check_output_dir(output_dir, kind: str, *inputs) -> Path:
+    """Where the links of output_dir lead, if it may be (re)placed: it is not there, empty, or of this kind.
+
+    Raises InputError if it is something else, holds one of the inputs, or files that no stage wrote.
+    """
+    target = Path(os.path.realpath(output_dir))
+    check_apart(output_dir, *inputs)
+    if not target.exists():
+        return target
+    if not target.is_dir():
+        raise InputError(f"{output_dir}: a file, not a folder: give another --output_dir")
+    found = {path.name for path in target.iterdir()}
+    if not found:
+        return target
+    try:
+        meta = read_json(target / "meta.json") if "meta.json" in found else {}
+    except InputError:
+        meta = {}
+    if meta.get("kind") != kind:
+        what = f"{meta['kind']!r}" if meta.get("kind") else f"what is no {kind} folder ({min(found)})"
+        raise InputError(f"{output_dir}: holds {what}: remove it, or give another --output_dir")
+    if "files" in meta:
+        written = {name.split("/")[0] for name in meta["files"]} | {"meta.json", *meta.get("also", ())}
+        if found - written:
+            raise InputError(
+                f"{output_dir}: to be written anew, but {min(found - written)} in it is not a part of it: move that "
+                "elsewhere, or give another --output_dir"
+            )
+    return target
+
+
+def check_apart(output, *inputs) -> None:
+    """Raise InputError if an output is, or holds, one of the inputs (None: not given)."""
+    target = Path(os.path.realpath(output))
+    for path in filter(None, inputs):
+        real = Path(os.path.realpath(path))
+        if os.path.exists(real) and target in (real, *real.parents):
+            raise InputError(f"{output}: holds what is read, {path}: give another output")
+
+
+def check_output_file(output, *inputs) -> Path:
+    """Where the links of an output file lead, if it may be written. Raises InputError as check_output_dir."""
+    target = Path(os.path.realpath(output))
+    if target.is_dir():
+        raise InputError(f"{output}: a folder: give a file")
+    if not is_device(target):
+        check_apart(output, *inputs)
+    return target
+
+
+def is_device(path: Path) -> bool:
+    """Whether a path is something to be written to as it is: a device, a pipe, a socket."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def lock(path, what, flags: int = 0) -> int:
+    """Open and lock a file or folder; the lock holds until the descriptor is closed, or the process ends.
+
+    `what`: the output, for messages. Raises InputError if another process holds it, or if it is a symbolic link.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if Path(path).is_symlink():
+            raise InputError(f"{path}: a symbolic link, which is not followed: remove it") from None
+        raise error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(f"{what}: another process is writing it: wait for it, or give another output") from None
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
+
+
+def is_at(descriptor: int, path) -> bool:
+    """Whether a path still names what was opened, and nothing else does."""
+    with contextlib.suppress(FileNotFoundError):
+        found, opened = os.lstat(path), os.fstat(descriptor)
+        return (found.st_dev, found.st_ino) == (opened.st_dev, opened.st_ino)
+    return False
+
+
+def beside(path, suffix: str) -> Path:
+    """The same path with something after its name."""
+    path = Path(path)
+    return path.with_name(path.name + suffix)
 
 
 @contextlib.contextmanager
-def publish(output_dir):
+def publish(output_dir) -> Iterator[Path]:
     """Give a temporary folder that becomes `output_dir` when the block ends without an exception.
 
-    A folder left behind by a killed run is removed first; on an exception nothing is left.
+    One process at a time (InputError). What a killed run left behind is removed, or put back, first; on an exception
+    nothing is left. Whether output_dir may be replaced is `check_output_dir`'s to say, before any work.
     """
-    output_dir = Path(output_dir)
-    partial = output_dir.with_name(output_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    output_dir = Path(os.path.realpath(output_dir))
+    partial, retired = beside(output_dir, ".partial"), beside(output_dir, ".retired")
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with contextlib.suppress(FileExistsError):
+            partial.mkdir()
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = lock(partial, output_dir, os.O_RDONLY | os.O_DIRECTORY)
+            if is_at(descriptor, partial):
+                break
+            os.close(descriptor)
     try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if retired.is_dir() and not output_dir.exists():
+            retired.rename(output_dir)  # killed between the renames below
+        remove(retired)
+        for left in partial.iterdir():
+            remove(left)
+        try:
+            with naming(output_dir):
+                yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if output_dir.exists():
+            output_dir.rename(retired)
+        partial.rename(output_dir)
+        remove(retired)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path) -> Iterator:
+    """Give a binary file that becomes `path` when the block ends without an exception; a reader sees the old till then.
+
+    Links are followed, devices and pipes written to as such. One process at a time (InputError).
+    """
+    path = Path(os.path.realpath(path))
+    if is_device(path):
+        with open(path, "wb") as file:
+            yield file
+        return
+    partial = beside(path, ".partial")
+    while True:
+        descriptor = lock(partial, path, os.O_RDWR | os.O_CREAT)
+        if os.fstat(descriptor).st_nlink == 1 and is_at(descriptor, partial):
+            break
+        if os.fstat(descriptor).st_nlink > 1:  # planted: another file's name
+            partial.unlink(missing_ok=True)
+        os.close(descriptor)
+    with open(descriptor, "wb") as file:
+        try:
+            file.truncate()
+            with naming(path):
+                yield file
+                file.flush()
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def naming(path) -> Iterator[None]:
+    """Say which output an error is about: OSErrors of a write name no file, and libraries have errors of their own."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
         raise
-    if output_dir.exists():
-        retired = output_dir.with_name(output_dir.name + ".retired")
-        shutil.rmtree(retired, ignore_errors=True)
-        output_dir.rename(retired)
-        partial.rename(output_dir)
-        shutil.rmtree(retired)
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error):
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{path}: not written ({reason}): free some space, then run this again") from None
+        raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there; a folder at once, so that nothing half removed looks whole."""
+    if path.is_dir() and not path.is_symlink():
+        meta = path / "meta.json"
+        meta.unlink(missing_ok=True)
+        shutil.rmtree(path)
     else:
-        partial.rename(output_dir)
+        path.unlink(missing_ok=True)
 
 
 def link(source: Path, target: Path) -> None:
@@ -85,11 +235,126 @@ def link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def write_json(path, value) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of one."""
-    partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial, path)
+# --------------------------------------------------------------------------------------------------------------- JSON
+
+
+def write_json(path, value, summed: bool = False) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one; `summed`: with its checksum."""
+    value = {**value, SUM: json_sum(value)} if summed else value
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=1).encode() + b"\n")
+
+
+def read_json(path, remedy: str = "restore it, or make its folder again"):
+    """What is in a JSON file, checked if it has a checksum.
+
+    Raises InputError if it is missing, not JSON, or not what was written.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: missing: {remedy}") from None
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one
+        raise InputError(f"{path}: not JSON ({error}): {remedy}") from None
+    if isinstance(value, dict) and SUM in value:
+        found = value.pop(SUM)
+        if found != json_sum(value):
+            raise InputError(f"{path}: damaged, or changed by hand (its checksum is another): {remedy}")
+    return value
+
+
+def json_sum(value: dict) -> str:
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
+
+
+# ---------------------------------------------------------------------------------------------------------- checksums
+
+Spans = list[list]  # [bytes, CRC-32] of a file's parts, one after the other
+
+
+def span(data) -> list:
+    """[bytes, CRC-32] of bytes, or of an array."""
+    data = memoryview(np.ascontiguousarray(data)).cast("B") if isinstance(data, np.ndarray) else data
+    return [len(data), zlib.crc32(data)]
+
+
+def sums_of(folder, known: dict[str, Spans] | None = None) -> dict[str, Spans]:
+    """{path: spans} of every file of a folder but its meta.json; `known`: those that need not be read for it.
+
+    Files that only their owner may read become readable to whom the umask allows.
+    """
+    folder, known, mask, sums = Path(folder), known or {}, os.umask(0), {}
+    os.umask(mask)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != "meta.json":
+            sums[name] = known[name] if name in known else [sum_of(path)]
+            if not stat.S_IMODE(path.stat().st_mode) & 0o077 & ~mask and os.stat(path).st_uid == os.geteuid():
+                path.chmod(stat.S_IMODE(path.stat().st_mode) | (0o666 & ~mask))
+    return sums
+
+
+def sum_of(path) -> list:
+    total, size = 0, 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            total, size = zlib.crc32(block, total), size + len(block)
+    return [size, total]
+
+
+def check_sizes(folder, sums: dict[str, Spans]) -> None:
+    """Raise InputError if one of these files is missing, or of another size."""
+    for name, spans in sums.items():
+        path, wanted = Path(folder) / name, sum(size for size, _ in spans)
+        try:
+            found = os.stat(path).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{path}: missing: restore it, or make {folder} again") from None
+        if found != wanted:
+            raise InputError(f"{path}: {found} bytes, should be {wanted}: restore it, or make {folder} again")
+
+
+def check_sums(folder, sums: dict[str, Spans]) -> int:
+    """Read files and raise InputError unless they are what was published; returns the bytes read."""
+    check_sizes(folder, sums)
+    read = 0
+    for name, spans in sums.items():
+        path = Path(folder) / name
+        with open(path, "rb") as file:
+            for size, wanted in spans:
+                total, left = 0, size
+                while left and (block := file.read(min(BLOCK, left))):
+                    total, left = zlib.crc32(block, total), left - len(block)
+                if total != wanted:
+                    raise InputError(
+                        f"{path}: damaged within bytes {file.tell() - size} to {file.tell()} (their checksum is "
+                        f"another): restore it, or make {folder} again"
+                    )
+                read += size
+    return read
+
+
+def verify(folder) -> int:
+    """Check all checksums of an artifact, and of an index' segments; returns the bytes read.
+
+    Raises InputError if a file is not what was published, or if there are no checksums.
+    """
+    folder = Path(folder)
+    meta = read_json(folder / "meta.json", "give the folder that a stage wrote")
+    if "files" not in meta:
+        raise InputError(f"{folder / 'meta.json'}: without checksums (made before there were any): make it again")
+    read = check_sums(folder, meta["files"])
+    if (folder / "state.json").is_file():
+        for entry in read_json(folder / "state.json")["segments"]:
+            segment = folder / "segments" / entry["name"]
+            if "files" not in entry:
+                raise InputError(f"{segment}: without checksums (made before there were any): compact the index")
+            read += check_sums(segment, entry["files"])
+    return read
+
+
+# --------------------------------------------------------------------------------------------------------------- meta
 
 
 def make_meta(kind: str, fingerprint: str, started: float, args, **facts) -> dict:
@@ -123,24 +388,31 @@ def plain_args(args) -> dict:
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
 
 
-def write_meta(folder, *args, **facts) -> dict:
-    """Write `make_meta(*args, **facts)` as the folder's `meta.json`, and return it."""
-    meta = make_meta(*args, **facts)
-    write_json(Path(folder) / "meta.json", meta)
+def write_meta(folder, *args, known: dict[str, Spans] | None = None, **facts) -> dict:
+    """Write `make_meta(*args, **facts)` and the checksums of all files as the folder's `meta.json`, and return it.
+
+    known: checksums that need not be computed again.
+    """
+    meta = {**make_meta(*args, **facts), "files": sums_of(folder, known)}
+    write_json(Path(folder) / "meta.json", meta, summed=True)
     return meta
 
 
-def read_meta(folder, kind: str, made_by: str, *or_kind: str) -> dict:
-    """The `meta.json` of a finished artifact of this kind (or of `or_kind`). Raises InputError naming a stage."""
+def read_meta(folder, kind: str, made_by: str, *or_kind: str, check: bool = False) -> dict:
+    """The `meta.json` of a finished artifact of this kind (or of `or_kind`), its files being there.
+
+    check: compare their checksums too (--verify). Raises InputError naming a stage.
+    """
     path = Path(folder) / "meta.json"
     if not path.is_file():
         raise InputError(f"{folder}: not a finished {kind} folder (no meta.json): run {made_by} first")
-    try:
-        meta = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}): remove {folder} and run {made_by} again") from None
-    if meta.get("kind") not in (kind, *or_kind):
-        raise InputError(f"{folder}: holds {meta.get('kind')!r}, not {kind!r}: give the folder written by {made_by}")
+    meta = read_json(path, f"remove {folder} and run {made_by} again")
+    if not isinstance(meta, dict) or meta.get("kind") not in (kind, *or_kind):
+        found = meta.get("kind") if isinstance(meta, dict) else type(meta).__name__
+        raise InputError(f"{folder}: holds {found!r}, not {kind!r}: give the folder written by {made_by}")
+    check_sizes(folder, meta.get("files", {}))
+    if check:
+        verify(folder)
     return meta
 
 

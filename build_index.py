@@ -52,7 +52,8 @@ if __name__ == "__main__":  # before the imports that take seconds: --help, or a
 import numpy as np
 import torch
 
-from artifact import InputError, fingerprint, link, publish, read_meta, run_stage, seen_from, write_meta
+from artifact import fingerprint, link, publish, read_meta, seen_from, write_meta
+from cli import InputError, run_stage
 from codec import MOST_CENTROIDS, PER_CENTROID, Codec, Codes, default_nlist, sample_passages
 from compute import default_device
 from progress import progress

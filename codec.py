@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from artifact import InputError
+from cli import InputError
 from compute import fast_dtype, single_threads
 from kernels import CODEWORDS, LANES, SCALE
 from knobs import BITS

@@ -45,7 +45,8 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from artifact import InputError, fingerprint, publish, read_meta, run_stage, seen_from, write_json, write_meta
+from artifact import fingerprint, publish, read_meta, seen_from, write_json, write_meta
+from cli import InputError, run_stage
 from compute import fast_dtype
 from model import ColBERT, model_fingerprint
 from progress import progress

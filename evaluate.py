@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from artifact import InputError, run_stage, write_json
+from artifact import write_json
+from cli import InputError, run_stage
 from runs import MEASURES, means, measure_queries, parse_measures, read_qrels, read_run
 
 N_RANDOMISATIONS = 10_000

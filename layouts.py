@@ -46,7 +46,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AddedToken, AutoConfig, AutoModel, AutoTokenizer
 
-from artifact import InputError, publish, run_stage, write_json
+from artifact import publish, write_json
+from cli import InputError, run_stage
 from model import (
     FRAME,
     ColBERT,

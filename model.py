@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 import attention
-from artifact import InputError, fingerprint
+from artifact import fingerprint
 from attention import Packed, compute_dtype, encode_packed, pack, packable
+from cli import InputError
 from compute import by_threads, default_device, fast_dtype, map_alone
 from maxsim import maxsim_packed
 from ragged import neighbours, ranges

@@ -9,9 +9,45 @@ from pathlib import Path
 
 import numpy as np
 
-from artifact import InputError
+from cli import InputError
 
 BLOCK = 1 << 16  # ids handled at a time
+CHECKED = 1 << 20  # offsets looked at at a time
+
+
+def load_npy(path, kinds: str = "", shape: tuple[int | None, ...] | None = None, mmap: bool = True) -> np.ndarray:
+    """A .npy file, memory-mapped unless told otherwise. Raises InputError if it is not what is wanted.
+
+    kinds: the types it may have ("i8 S": int64, or bytes of any length), all if empty. shape: None stands for any size.
+    """
+    path = Path(path)
+    again = f"restore it, or make {path.parent} again"
+    try:
+        array = np.load(path, mmap_mode="r" if mmap else None)
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing: {again}") from None
+    except (ValueError, EOFError, SyntaxError, TypeError, KeyError, OverflowError, MemoryError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: not a whole .npy file ({reason}): {again}") from None
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path}: not a .npy file: {again}")
+    found = f"{array.dtype.kind}{array.dtype.itemsize}"
+    if kinds and found not in kinds.split() and array.dtype.kind not in kinds.split():
+        raise InputError(f"{path}: holds {array.dtype}, not {kinds}: {again}")
+    fits = shape is None or len(shape) == array.ndim
+    if not fits or any(want not in (None, size) for want, size in zip(shape or (), array.shape, strict=False)):
+        wanted = " x ".join("any" if size is None else str(size) for size in shape)
+        raise InputError(f"{path}: of shape {' x '.join(map(str, array.shape))}, not {wanted}: {again}")
+    return array
+
+
+def check_offsets(path, offsets: np.ndarray, end: int) -> None:
+    """Raise InputError unless offsets (n + 1,) begin with 0, never fall, and end with `end`."""
+    falls = any(
+        (np.diff(offsets[start : start + CHECKED + 1]) < 0).any() for start in range(0, len(offsets) - 1, CHECKED)
+    )
+    if not len(offsets) or offsets[0] != 0 or offsets[-1] != end or falls:
+        raise InputError(f"{path}: not the offsets of {end} values: restore it, or make {Path(path).parent} again")
 
 
 class NpyWriter:
@@ -74,13 +110,11 @@ class RaggedWriter:
 class Ragged:
     """A memory-mapped ragged array: `len`, one row by `[i]`, many by `gather`."""
 
-    def __init__(self, folder):
-        self.values = np.load(Path(folder) / "values.npy", mmap_mode="r")
-        self.offsets = np.load(Path(folder) / "offsets.npy", mmap_mode="r")
-        if self.offsets[-1] != len(self.values):
-            raise InputError(
-                f"{folder}: {len(self.values)} values, but offsets up to {self.offsets[-1]}: make it again"
-            )
+    def __init__(self, folder, kinds: str = ""):
+        """Open the arrays in a folder, values of one of these types. Raises InputError if they do not fit."""
+        self.values = load_npy(Path(folder) / "values.npy", kinds)
+        self.offsets = load_npy(Path(folder) / "offsets.npy", "i8", (None,))
+        check_offsets(Path(folder) / "offsets.npy", self.offsets, len(self.values))
 
     @classmethod
     def of(cls, values: np.ndarray, offsets: np.ndarray) -> "Ragged":
@@ -160,8 +194,9 @@ def is_number(identifier: bytes) -> bool:
 class Ids:
     """The ids of an artifact's rows, both ways: `text(rows)` and `rows(ids)`; 8 bytes a row once ids are looked up."""
 
-    def __init__(self, path):
-        self.ids = np.load(path, mmap_mode="r")
+    def __init__(self, path, n: int | None = None):
+        """Open a file of ids. Raises InputError if it holds none, or not `n`."""
+        self.ids = load_npy(path, "i8 S", (n,))
         self._order = None
 
     def __len__(self) -> int:

@@ -72,7 +72,8 @@ from accelerate import PartialState
 from torch import Tensor
 
 import runs
-from artifact import InputError, check_file, peak_memory_mb, read_meta, run_stage
+from artifact import check_file, peak_memory_mb, read_meta
+from cli import InputError, run_stage
 from compute import default_device
 from maxsim import maxsim_packed
 from model import ColBERT, check_texts, model_fingerprint

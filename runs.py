@@ -19,7 +19,7 @@ from pathlib import Path
 import ir_measures
 import numpy as np
 
-from artifact import InputError
+from cli import InputError
 from ragged import Ids
 from tsv import open_bytes
 

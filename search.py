@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 import kernels
-from artifact import InputError, link, write_json
+from artifact import link, write_json
+from cli import InputError
 from codec import Codec, Codes, Tables
 from compute import single_threads
 from kernels import FINAL, LANES

@@ -109,8 +109,9 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
 import runs
-from artifact import InputError, check_file, finish, make_meta, plain_args, publish, read_meta, run_stage, write_json
+from artifact import check_file, make_meta, plain_args, publish, read_meta, write_json
 from attention import pack, packable
+from cli import InputError, finish, run_stage
 from compute import COMPUTE_DTYPES, mixed_precision, own_dropout
 from layouts import is_colbert
 from maxsim import maxsim, maxsim_packed, maxsim_pairs

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from artifact import InputError, check_file
+from artifact import check_file
+from cli import InputError
 
 BLOCK = 1 << 22  # bytes looked through at a time
 

@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from artifact import InputError, check_file, fingerprint, publish, run_stage, seen_from, write_meta
+from artifact import check_file, fingerprint, publish, seen_from, write_meta
+from cli import InputError, run_stage
 from progress import progress
 from ragged import Ids, IdWriter, NpyWriter, RaggedWriter
 from text import prepare_texts, tokenize

@@ -32,7 +32,8 @@ if __name__ == "__main__":  # before the imports that take seconds: --help, or a
 import transformers
 
 import search
-from artifact import InputError, check_file, read_meta, run_stage
+from artifact import check_file, read_meta
+from cli import InputError, run_stage
 from compute import default_device
 from model import ColBERT, model_fingerprint
 from tsv import batched, read_id_text

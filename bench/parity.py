@@ -41,7 +41,8 @@ from transformers import (
 )
 
 import model as model_module
-from artifact import InputError, run_stage, write_json
+from artifact import write_json
+from cli import InputError, run_stage
 from layouts import name_as_before
 from maxsim import maxsim_packed
 from model import ColBERT

@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from artifact import InputError, run_stage
+from cli import InputError, run_stage
 from progress import progress
 from runs import write_run
 from tsv import read_id_text, read_queries

@@ -26,7 +26,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from artifact import InputError, fingerprint, publish, run_stage, write_meta
+from artifact import fingerprint, publish, write_meta
+from cli import InputError, run_stage
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "_vendor", "idlelib", "lib2to3", "distutils"}
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from artifact import InputError, check_file, run_stage
+from artifact import check_file
+from cli import InputError, run_stage
 from runs import read_qrels, read_run
 from tsv import read_id_text, read_queries
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from artifact import InputError, fingerprint, publish, read_meta, run_stage, write_json, write_meta
+from artifact import fingerprint, publish, read_meta, write_json, write_meta
+from cli import InputError, run_stage
 
 
 def test_publish_appears_when_whole(tmp_path):

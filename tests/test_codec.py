@@ -6,7 +6,7 @@ import torch
 
 import codec as codec_module
 import kernels
-from artifact import InputError
+from cli import InputError
 from codec import Book, Codec, Codes, code_bytes, deal, find_parents, parts_of, principal_directions
 from kernels import FINAL, LANES
 

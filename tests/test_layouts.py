@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import attention
 import layouts
 import model as model_module
-from artifact import InputError
+from cli import InputError
 from maxsim import maxsim
 from model import ColBERT, load_tokenizer, model_fingerprint
 

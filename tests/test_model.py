@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import model as model_module
-from artifact import InputError
+from cli import InputError
 from maxsim import MAXSIM_BYTES, maxsim, maxsim_packed, maxsim_pairs
 from model import (
     FRAME,

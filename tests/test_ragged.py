@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from artifact import InputError
+from cli import InputError
 from ragged import Ids, IdWriter, NpyWriter, Ragged, RaggedWriter, allocate_npy, neighbours, ranges
 
 ROWS = [[1, 2, 3], [], [4], [], [], [5, 6], [7, 8, 9, 10], []]
@@ -63,7 +63,7 @@ def test_empty_array(tmp_path):
 
 def test_cut_file_is_refused(ragged, tmp_path):
     np.save(tmp_path / "r/values.npy", np.zeros(9, np.uint16))
-    with pytest.raises(InputError, match="9 values, but offsets up to 10"):
+    with pytest.raises(InputError, match="not the offsets of 9 values"):
         Ragged(tmp_path / "r")
 
 

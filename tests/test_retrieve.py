@@ -10,7 +10,7 @@ import torch
 from conftest import call_stage, launch_cli, run_stage_cli, succeed
 
 import runs
-from artifact import InputError
+from cli import InputError
 from model import ColBERT
 from ragged import Ids, Ragged
 from retrieve import Searcher, best_candidates, top

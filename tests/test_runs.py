@@ -4,7 +4,7 @@ import random
 import pytest
 
 import runs
-from artifact import InputError
+from cli import InputError
 
 
 def msmarco_official(qrels, rankings, k):

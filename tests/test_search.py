@@ -17,7 +17,7 @@ from test_codec import NLIST, decode_all, make_passages, make_query
 
 import kernels
 import search
-from artifact import InputError
+from cli import InputError
 from codec import Codec
 from kernels import LANES
 from knobs import QUALITY, Effort, effort_for

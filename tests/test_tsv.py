@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 
 import tsv
-from artifact import InputError
+from cli import InputError
 from tsv import Collection, count_lines, read_id_text, read_queries, read_rows
 
 

@@ -1,0 +1,166 @@
+"""What every stage's command line has in common: its number types, its errors in one line, and how a signal ends it.
+
+Quick to import: a wrong flag is answered before torch is loaded.
+"""
+
+import argparse
+import errno
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+
+if sys.platform == "win32":
+    sys.exit("nanoColBERT runs on Linux and macOS; on Windows, in WSL")
+
+GRACE = 3.0  # seconds that a process which was told to end may take to clean up
+
+
+class InputError(Exception):
+    """A mistake of the user's. Its message says where, what was found and what to do; `run_stage` exits with 2."""
+
+
+# ------------------------------------------------------------------------------------------------------- number types
+
+
+def _number(kind: type, least, what: str, above: bool = False, most=math.inf):
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if math.isfinite(value) and (value > least if above else value >= least) and value <= most:
+            return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+
+    return parse
+
+
+positive = _number(int, 1, "a whole number above 0", most=(1 << 63) - 1)
+count = _number(int, 0, "a whole number, 0 or above", most=(1 << 63) - 1)
+seed = _number(int, 0, "a whole number from 0 to 2^32 - 1", most=(1 << 32) - 1)
+positive_float = _number(float, 0, "a number above 0", above=True)
+not_negative_float = _number(float, 0, "a number, 0 or above")
+share = _number(float, 0, "a number from 0 to 1", most=1)
+
+
+def word(text: str) -> str:
+    """A name that a column of a run file can hold."""
+    if text.split() != [text] or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} is not one word, without white space")
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------ signals
+
+_requests: list[int] = []  # signals that a stage which stops softly has been sent
+_is_soft = False
+
+
+def stop_softly() -> list[int]:
+    """From now on the first Ctrl-C and the first SIGTERM are only put into this list: the stage is to look at it."""
+    global _is_soft
+    _is_soft = True
+    return _requests
+
+
+def catch_signals() -> None:
+    """From now on Ctrl-C and SIGTERM end the process in one line, with exit code 130 or 143.
+
+    SystemExit is raised, so that what is half done is removed. What does not end within GRACE, as a loop in C that
+    hears nothing, is cut off by a thread: files are safe from kill -9 too.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def handle(number, _) -> None:  # by the main thread, when it is back from C
+        if _is_soft and number not in _requests:
+            _requests.append(number)
+        else:
+            raise SystemExit(128 + number)
+
+    def watch() -> None:  # at once
+        seen = []
+        while (number := os.read(reader, 1)[0]) not in (signal.SIGINT, signal.SIGTERM) or (
+            _is_soft and number not in seen
+        ):
+            seen.append(number)
+        say(f"ended by {signal.Signals(number).name}")
+        time.sleep(GRACE)
+        os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# -------------------------------------------------------------------------------------------------------- run a stage
+
+
+def say(line: str) -> None:
+    """One line on stderr, after the name of the script."""
+    print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
+
+
+def start(parse_args) -> argparse.Namespace:
+    """What a stage begins with: its arguments, once signals are answered."""
+    catch_signals()
+    return parse_args()
+
+
+def run_stage(main, args) -> None:
+    """Run `main(args)` and print its result as one line of JSON; what can be mended ends in one line, exit code 2."""
+    try:
+        result = main(args)
+    except InputError as error:
+        fail(str(error))
+    except MemoryError as error:
+        fail(f"out of memory{f' ({error})' if str(error) else ''}: give smaller batches or parts, or free some")
+    except OSError as error:
+        fail(os_message(error))
+    finish(result)
+
+
+def os_message(error: OSError) -> str:
+    """What the system refused, on which file, and what to do."""
+    remedies = {
+        errno.ENOSPC: "free some space, then run this again",
+        errno.EDQUOT: "free some space, then run this again",
+        errno.EROFS: "give a place that can be written to",
+        errno.EACCES: "change its permissions, or give another place",
+        errno.EPERM: "change its permissions, or give another place",
+        errno.ENOENT: "it is gone, or never was: make it again",
+        errno.EMFILE: "raise the limit (ulimit -n)",
+    }
+    where = f"{error.filename}: " if error.filename is not None else ""
+    remedy = remedies.get(error.errno, "look at the disk, then run this again")
+    return f"{where}{error.strerror or error}: {remedy}"
+
+
+def fail(message: str) -> None:
+    """End in one line, with exit code 2; a process that is one of several at once, lest the others wait for it."""
+    say("error: " + " ".join(message.split("\n")))
+    _end(2)
+
+
+def finish(result: dict | None) -> None:
+    """Print a stage's result as one line of JSON; a process that is one of several ends here, at once.
+
+    Torn down object by object, gloo's threads in one process may wait for ever for another that has gone.
+    """
+    if result is not None:
+        print(json.dumps(result), flush=True)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        _end(0)
+
+
+def _end(code: int) -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
