@@ -47,11 +47,24 @@ not_negative_float = _number(float, 0, "a number, 0 or above")
 share = _number(float, 0, "a number from 0 to 1", most=1)
 
 
+def maxlen(text: str) -> int:
+    """Tokens of a text: [CLS], the marker, one word piece and [SEP] at least."""
+    value = positive(text)
+    if value < 4:
+        raise argparse.ArgumentTypeError(f"{text!r} tokens leave no room for a word piece: give at least 4")
+    return value
+
+
 def word(text: str) -> str:
     """A name that a column of a run file can hold."""
     if text.split() != [text] or not text.isprintable():
         raise argparse.ArgumentTypeError(f"{text!r} is not one word, without white space")
     return text
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ------------------------------------------------------------------------------------------------------------ signals

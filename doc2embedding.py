@@ -14,13 +14,14 @@ killed goes on with the parts that are missing. Memory holds one part. Reference
 """
 
 import argparse
-import json
-import shutil
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from knobs import BITS
+import cli
+from cli import InputError, positive, run_stage, seed
+from knobs import BITS, LONGEST
 
 
 def parse_args():
@@ -28,29 +29,44 @@ def parse_args():
     parser.add_argument("--tokens_dir", type=Path, required=True, help="what tsv2mmap.py wrote, with a collection")
     parser.add_argument("--model", required=True, type=Path, help="ColBERT model folder")
     parser.add_argument("--output_dir", type=Path, required=True, help="the embeddings folder to write or complete")
-    parser.add_argument("--part_size", type=int, default=10_000, help="passages in a part (default 10000)")
+    parser.add_argument("--part_size", type=positive, default=10_000, help="passages in a part (default 10000)")
     parser.add_argument("--bits", type=int, choices=BITS, help="compress at once, to so many bits a dimension")
-    parser.add_argument("--nlist", type=int, help="--bits: centroids (default: near 4 sqrt(embeddings))")
-    parser.add_argument("--seed", type=int, default=12345, help="--bits: of the sample that the codec is trained on")
-    parser.add_argument("--tokens_per_batch", type=int, help="positions in a batch (default: by device)")
-    parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=False, help="use the CPU all the same")
+    parser.add_argument("--nlist", type=positive, help="--bits: centroids (default: near 4 sqrt(embeddings))")
+    parser.add_argument("--seed", type=seed, default=12345, help="--bits: of the sample that the codec is trained on")
+    parser.add_argument("--tokens_per_batch", type=positive, help="positions in a batch (default: by device)")
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--verify", action=switch, default=False, help="check the checksums of what is read first")
+    parser.add_argument("--cpu", action=switch, default=False, help="use the CPU all the same")
     return parser.parse_args()
 
 
 if __name__ == "__main__":  # before the imports that take seconds: --help, or a wrong flag, is answered at once
-    ARGS = parse_args()
+    ARGS = cli.start(parse_args)
 
 import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
 
-from artifact import fingerprint, publish, read_meta, seen_from, write_json, write_meta
-from cli import InputError, run_stage
+from artifact import (
+    check_apart,
+    fingerprint,
+    lock,
+    naming,
+    publish,
+    read_json,
+    read_meta,
+    replacing,
+    seen_from,
+    span,
+    verify,
+    write_json,
+    write_meta,
+)
 from compute import fast_dtype
-from model import ColBERT, model_fingerprint
+from model import ColBERT, model_fingerprint, tokenizer_fingerprint
 from progress import progress
-from ragged import NpyWriter, Ragged, allocate_npy
+from ragged import Ids, NpyWriter, Ragged, allocate_npy, load_npy
 
 
 def layout(model: ColBERT, passages: Ragged, n_passages: int, args, folder: Path) -> None:
@@ -60,6 +76,7 @@ def layout(model: ColBERT, passages: Ragged, n_passages: int, args, folder: Path
     total = 0
     for start in range(0, n_passages, args.part_size):
         counts = model.kept_counts(*passages.slice(start, min(n_passages, start + args.part_size)))
+        check_counts(counts, start, args)
         offsets.append(total + np.cumsum(counts))
         total += int(counts.sum())
     offsets.close()
@@ -70,20 +87,36 @@ def layout(model: ColBERT, passages: Ragged, n_passages: int, args, folder: Path
 
     (folder / "codec").mkdir()
     nlist = args.nlist or default_nlist(total, MOST_CENTROIDS)
-    rows = sample_passages(np.load(folder / "offsets.npy", mmap_mode="r"), nlist * PER_CENTROID, args.seed)
+    rows = sample_passages(load_npy(folder / "offsets.npy"), nlist * PER_CENTROID, args.seed)
     values, lengths, _ = model.embed_passages(*passages.gather(rows), args.tokens_per_batch)
     Codec.train(values, lengths, args.bits, nlist, args.seed, model.device).save(folder / "codec")
 
 
-def claim(folder: Path, source: str, lay_out) -> None:
-    """Make the folder, laid out, unless it is there from an earlier run; one made from something else is an error."""
-    if not folder.exists():
+def check_counts(counts: np.ndarray, first: int, args) -> None:
+    """Raise InputError where passages from row `first` on have no embeddings, or more than a code can tell apart."""
+    most = LONGEST - 1 if args.bits else np.inf
+    wrong = np.flatnonzero((counts < 1) | (counts > most))
+    if len(wrong):
+        pid, n = Ids(args.tokens_dir / "pids.npy").text([first + wrong[0]])[0], counts[wrong[0]]
+        reason = f"more than --bits can code, {most}: run tsv2mmap.py with a smaller --doc_maxlen"
+        if not n:
+            reason = "it cannot be found: leave it out of the collection"
+        raise InputError(f"{args.tokens_dir}: passage {pid} has {n} embeddings, {reason}")
+
+
+def claim(folder: Path, source: str, lay_out) -> int:
+    """Make the folder, laid out, unless it is there from an earlier run, and lock it until this process ends.
+
+    Raises InputError if there is something else, or if another process is at work there.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         with publish(folder) as partial:
             lay_out(partial)
             (partial / "parts").mkdir()
             (partial / "source").write_text(source)
-    elif not (folder / "source").is_file() or (folder / "source").read_text() != source:
+    elif not (folder / "source").is_file() or (folder / "source").read_bytes() != source.encode():
         raise InputError(f"{folder}: holds something else, or embeddings of another model or collection: remove it")
+    return lock(folder.resolve(), folder, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def embed_part(model: ColBERT, passages: Ragged, start: int, stop: int, folder: Path, number: int, args, done) -> None:
@@ -92,9 +125,17 @@ def embed_part(model: ColBERT, passages: Ragged, start: int, stop: int, folder: 
     done(n) is called whenever n passages have been embedded.
     """
     tokens = passages.slice(start, stop)
-    embeddings, counts, padding = model.embed_passages(*tokens, args.tokens_per_batch, done=done)
-    offsets = np.load(folder / "offsets.npy", mmap_mode="r")[start : stop + 1]
-    assert np.array_equal(counts, np.diff(offsets)), "kept tokens differ from the layout"
+    try:
+        embeddings, counts, padding = model.embed_passages(*tokens, args.tokens_per_batch, done=done)
+    except InputError as error:
+        if not hasattr(error, "passage"):
+            raise
+        pid = Ids(args.tokens_dir / "pids.npy").text([start + error.passage])[0]
+        raise InputError(f"{args.model}: passage {pid}: {error}") from None
+    offsets = load_npy(folder / "offsets.npy", "i8", (len(passages) + 1,))[start : stop + 1]
+    if not np.array_equal(counts, np.diff(offsets)):
+        raise InputError(f"{folder / 'offsets.npy'}: not those of these passages: remove {folder}")
+    facts = {"passages": stop - start, "embeddings": len(embeddings), "padding": float(padding)}
     if args.bits:
         from codec import Codec  # compiled loops, which nothing else here needs
 
@@ -102,12 +143,21 @@ def embed_part(model: ColBERT, passages: Ragged, start: int, stop: int, folder: 
         for name, array in codes._asdict().items():
             np.save(folder / "parts" / f"{number}.{name}.npy", array)
     else:
-        values = np.load(folder / "values.npy", mmap_mode="r")
-        with open(folder / "values.npy", "r+b") as file:
+        values = load_npy(folder / "values.npy", "f2", (None, embeddings.shape[1]))
+        with naming(folder / "values.npy"), open(folder / "values.npy", "r+b") as file:
             file.seek(values.offset + int(offsets[0]) * embeddings[:1].nbytes)
             file.write(embeddings.data.cast("B"))
-    facts = {"passages": stop - start, "embeddings": len(embeddings), "padding": float(padding)}
-    write_json(folder / "parts" / f"{number}.json", facts)
+        facts["span"] = span(embeddings)
+    write_json(folder / "parts" / f"{number}.json", facts, summed=True)
+
+
+def sums_of_values(folder: Path, parts: list[dict]) -> dict:
+    """Checksums of values.npy from those of its parts, as far as they are known."""
+    if not all("span" in part for part in parts):
+        return {}
+    header = load_npy(folder / "values.npy").offset
+    with open(folder / "values.npy", "rb") as file:
+        return {"values.npy": [span(file.read(header)), *(part["span"] for part in parts)]}
 
 
 def main(args):
@@ -118,19 +168,26 @@ def main(args):
     transformers.utils.logging.disable_progress_bar()
     # Only where it knows that it is on CPUs does accelerate let several processes find each other.
     state = PartialState(cpu=args.cpu or not torch.accelerator.is_available())
-    tokens_meta = read_meta(args.tokens_dir, "tokens", "tsv2mmap.py")
+    tokens_meta = read_meta(args.tokens_dir, "tokens", "tsv2mmap.py", check=args.verify)
     n_passages = tokens_meta["counts"]["pids"]
     if not n_passages:
         raise InputError(f"{args.tokens_dir}: holds no collection: run tsv2mmap.py with --collection")
+    folder = args.output_dir
+    check_apart(folder, args.tokens_dir, args.model)
+    if args.verify:
+        verify(args.model)
     model_print = model_fingerprint(args.model)
     model = ColBERT.from_pretrained(args.model, device=state.device)
     model.check_tokens(args.model, args.tokens_dir, tokens_meta)
+    if args.bits and not model.config.normalize:
+        raise InputError(f"{args.model}: its embeddings are not of unit length, which --bits cannot code: leave it out")
     settings = (args.bits, args.nlist, args.seed) if args.bits else ()
     source = fingerprint(model_print, tokens_meta["fingerprint"], args.part_size, *settings)
-    passages = Ragged(args.tokens_dir / "passages")
-    folder = args.output_dir
+    passages, pids = Ragged(args.tokens_dir / "passages", "u2 u4"), Ids(args.tokens_dir / "pids.npy", n_passages)
+    if len(passages) < n_passages:
+        raise InputError(f"{args.tokens_dir}: {len(passages)} passages, {n_passages} ids: run tsv2mmap.py again")
     if state.is_main_process:
-        claim(folder, source, lambda partial: layout(model, passages, n_passages, args, partial))
+        _lock = claim(folder, source, lambda partial: layout(model, passages, n_passages, args, partial))
     state.wait_for_everyone()
 
     starts = range(0, n_passages, args.part_size)
@@ -158,12 +215,15 @@ def main(args):
     if not state.is_main_process:
         return None
 
-    shutil.copyfile(args.tokens_dir / "pids.npy", folder / "pids.npy")
+    with replacing(folder / "pids.npy") as file:
+        np.save(file, pids.ids)
     collection = tokens_meta.get("collection_path")
-    parts = [json.loads((folder / "parts" / f"{number}.json").read_text()) for number in range(len(starts))]
+    parts = [read_json(folder / "parts" / f"{number}.json") for number in range(len(starts))]
     facts = {
         "model": str(args.model),
         "model_fingerprint": model_print,
+        "tokenizer_fingerprint": tokenizer_fingerprint(model.tokenizer),
+        "normalized": model.config.normalize,
         "model_path": seen_from(folder, args.model),
         "collection_path": collection and seen_from(folder, args.tokens_dir.resolve() / collection),
         "tokens_fingerprint": tokens_meta["fingerprint"],
@@ -171,13 +231,14 @@ def main(args):
         "passages": n_passages,
         "embeddings": sum(part["embeddings"] for part in parts),
         "dim": model.config.dim,
-        **({"bits": args.bits, "nlist": len(np.load(folder / "codec" / "centroids.npy"))} if args.bits else {}),
+        **({"bits": args.bits, "nlist": len(load_npy(folder / "codec" / "centroids.npy"))} if args.bits else {}),
         "dtype": "uint8" if args.bits else "float16",
         "compute_dtype": str(fast_dtype(state.device)).removeprefix("torch."),
         "padding": round(sum(part["padding"] * part["passages"] for part in parts) / n_passages, 4),
         "passages_per_second": round(embedded * state.num_processes / seconds, 1),
     }
-    meta = write_meta(folder, "embeddings", source, started, args, **facts)
+    known = {} if args.bits else sums_of_values(folder, parts)
+    meta = write_meta(folder, "embeddings", source, started, args, known=known, **facts)
     return {"output_dir": str(folder), "seconds": meta["seconds"], **facts}
 
 

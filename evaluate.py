@@ -17,10 +17,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from cli import InputError, catch_signals, positive, run_stage
+
+if __name__ == "__main__":  # before the imports that take a second
+    catch_signals()
+
 import numpy as np
 
-from artifact import write_json
-from cli import InputError, run_stage
+from artifact import check_output_file, write_json
 from runs import MEASURES, means, measure_queries, parse_measures, read_qrels, read_run
 
 N_RANDOMISATIONS = 10_000
@@ -126,13 +130,6 @@ def print_table(title: str, means_of_run: dict, comparison: dict | None) -> None
             print(f"  {row['qid']:<14} {row['other']:.4f} {row['run']:.4f}")
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--qrels", required=True, help="judgments: qid, 0, pid, relevance; .gz allowed")
@@ -152,6 +149,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args) -> dict:
+    if args.output is not None:
+        check_output_file(args.output, args.qrels, args.run, args.compare)
     measures = parse_measures(args.measures, args.rel)
     qrels = read_qrels(args.qrels)
     counts, values = measure_file(args.run, qrels, measures, args.rel)

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 BITS = (1, 2, 4, 8)  # a dimension
+LONGEST = 1 << 10  # tokens of a passage, and one more
 
 
 class Effort(NamedTuple):

@@ -8,9 +8,10 @@ of the pids decide between equal scores. Here equal scores stay in the order in 
 whose ranks contradict its scores is refused: two tools would measure two rankings.
 """
 
+import contextlib
 import gzip
+import io
 import math
-import os
 from array import array
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -19,9 +20,10 @@ from pathlib import Path
 import ir_measures
 import numpy as np
 
+from artifact import replacing
 from cli import InputError
 from ragged import Ids
-from tsv import open_bytes
+from tsv import check_header, open_bytes, read_lines
 
 TREC_COLUMNS = "qid, Q0, pid, rank, score, tag"
 MSMARCO_COLUMNS = "qid, pid, rank"
@@ -131,6 +133,7 @@ def read_candidates(path, pids: Ids, qids) -> dict[str, np.ndarray]:
         for number, line in enumerate(file, 1):
             fields = line.split(b"\t") if line.count(b"\t") in (1, 3) else line.split()
             if pid_column is None:
+                check_header(path, number, fields[0].decode(errors="replace") if fields else "")
                 pid_column = {2: 1, 3: 1, 4: 1, 6: 2}.get(len(fields))
                 columns = len(fields)
             if pid_column is None or len(fields) != columns:
@@ -182,24 +185,22 @@ def write_run(
     assert format in ("trec", "msmarco"), format
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     queries = 0
-    try:
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(partial, "wt", encoding="utf-8") as file:
-            for qid, pids, scores in rankings:
-                assert len(pids) == len(scores) == len(set(pids)), (qid, len(pids), len(scores), len(set(pids)))
-                assert not any(map(math.isnan, scores)), (qid, scores)
-                assert all(a >= b for a, b in pairwise(scores)), (qid, scores)
-                if format == "trec":
-                    ranked = enumerate(zip(pids, scores, strict=True), 1)
-                    file.writelines(f"{qid} Q0 {pid} {rank} {score:.6f} {tag}\n" for rank, (pid, score) in ranked)
-                else:
-                    file.writelines(f"{qid}\t{pid}\t{rank}\n" for rank, pid in enumerate(pids, 1))
-                queries += 1
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as raw, contextlib.ExitStack() as closed:
+        if path.suffix == ".gz":
+            raw = closed.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))
+        file = io.TextIOWrapper(raw, encoding="utf-8", newline="\n")
+        closed.callback(file.detach)  # what is beneath it is closed by others
+        for qid, pids, scores in rankings:
+            assert len(pids) == len(scores) == len(set(pids)), (qid, len(pids), len(scores), len(set(pids)))
+            assert not any(map(math.isnan, scores)), (qid, scores)
+            assert all(a >= b for a, b in pairwise(scores)), (qid, scores)
+            if format == "trec":
+                ranked = enumerate(zip(pids, scores, strict=True), 1)
+                file.writelines(f"{qid} Q0 {pid} {rank} {score:.6f} {tag}\n" for rank, (pid, score) in ranked)
+            else:
+                file.writelines(f"{qid}\t{pid}\t{rank}\n" for rank, pid in enumerate(pids, 1))
+            queries += 1
     return queries
 
 
@@ -255,12 +256,11 @@ def means(values: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def _read_fields(path, what: str) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number from 1, fields) of lines split at white space."""
-    with open_bytes(path, what) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield number, line.decode().split()
-            except UnicodeDecodeError:
-                raise InputError(f"{path}:{number}: not UTF-8: is this the {what} file?") from None
+    for number, line in read_lines(path, what):
+        fields = line.split()
+        if number == 1 and fields:
+            check_header(path, number, fields[0])
+        yield number, fields
 
 
 def _check_columns(path, number: int, fields: list[str], columns: str) -> None:

@@ -1,14 +1,18 @@
-"""Tab-separated files as MS MARCO has them: plain UTF-8 lines, never CSV; `.gz` is read as it is.
+"""Text files as MS MARCO has them: plain UTF-8 lines, tab-separated, never CSV; `.gz` is read as it is.
 
+All text comes in through `open_bytes`, which passes over a byte-order mark.
 Every error names the file, the line, what was found and what to do.
 """
 
+import codecs
 import contextlib
 import gzip
 import itertools
 import os
+import re
 import shutil
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +23,11 @@ from artifact import check_file
 from cli import InputError
 
 BLOCK = 1 << 22  # bytes looked through at a time
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+HEADERS = {  # what the first field of a header line is called
+    *("id", "_id", "pid", "qid", "did", "docid", "doc_id", "docno", "passageid", "passage_id", "queryid", "query_id"),
+    *("query-id", "corpus-id"),
+}
 
 
 @contextlib.contextmanager
@@ -28,9 +37,32 @@ def open_bytes(path, what: str):
     with open(path, "rb") as raw:
         file = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
         try:
+            start = file.peek(4)
+            if start.startswith(codecs.BOM_UTF8):
+                file.read(len(codecs.BOM_UTF8))
+            elif start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise InputError(f"{path}:1: UTF-16 (by its byte-order mark): convert the file to UTF-8")
             yield file
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise InputError(f"{path}: broken gzip file ({error}): fetch it again") from None
+
+
+def decode(path, number: int, line: bytes) -> str:
+    """A line as text, without its end. Raises InputError where it is not UTF-8."""
+    try:
+        return line.decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}:{number}: byte {line[error.start]:#04x} at column {error.start + 1} is not UTF-8: "
+            "convert the file to UTF-8"
+        ) from None
+
+
+def read_lines(path, what: str) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, text without its end) of each line. Raises InputError where it is not UTF-8."""
+    with open_bytes(path, what) as file:
+        for number, line in enumerate(file, 1):
+            yield number, decode(path, number, line)
 
 
 def read_rows(path, columns: str, what: str) -> Iterator[tuple[int, list[str]]]:
@@ -40,34 +72,35 @@ def read_rows(path, columns: str, what: str) -> Iterator[tuple[int, list[str]]]:
     that are not UTF-8 raise InputError.
     """
     n_columns = columns.count(",") + 1
-    with open_bytes(path, what) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                fields = line.decode().rstrip("\r\n").split("\t")
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{path}:{number}: byte {line[error.start]:#04x} at column {error.start + 1} is not UTF-8: "
-                    "convert the file to UTF-8"
-                ) from None
-            if len(fields) != n_columns:
-                raise InputError(
-                    f"{path}:{number}: found {len(fields)} column(s), expected {n_columns} ({columns}), "
-                    "separated by tabs"
-                )
-            yield number, fields
+    for number, line in read_lines(path, what):
+        fields = line.split("\t")
+        if len(fields) != n_columns:
+            raise InputError(
+                f"{path}:{number}: found {len(fields)} column(s), expected {n_columns} ({columns}), separated by tabs"
+            )
+        yield number, fields
+
+
+def check_header(path, number: int, field: str) -> None:
+    """Raise InputError if a file begins with the names of its columns."""
+    if number == 1 and field.strip().lower() in HEADERS:
+        raise InputError(f"{path}:1: a header line (it begins with {field!r}): remove it")
 
 
 def read_id_text(path, what: str) -> Iterator[tuple[int, str, str]]:
     """Yield (line number, id, text) of a collection or of queries. Raises InputError on an id that cannot be used."""
     for number, (identifier, text) in read_rows(path, "id, text", what):
+        check_header(path, number, identifier)
         check_id(path, number, identifier)
         yield number, identifier, text
 
 
 def check_id(path, number: int, identifier: str) -> None:
-    """Raise InputError unless the id is 1 to 256 bytes without white space (run files are split at white space)."""
+    """Raise InputError unless the id is 1 to 256 bytes without white space (run files are split there), or control."""
     if not identifier or len(identifier.split()) != 1 or identifier.strip() != identifier:
         raise InputError(f"{path}:{number}: id {identifier!r} is empty or has white space: give ids without")
+    if CONTROL.search(identifier):
+        raise InputError(f"{path}:{number}: id {identifier!r} has a control character: give ids without")
     if len(identifier.encode()) > 256:
         raise InputError(f"{path}:{number}: id of {len(identifier.encode())} bytes, at most 256 can be stored")
 
@@ -91,12 +124,15 @@ class Collection:
     def __init__(self, path):
         self.path = Path(path)
         with open_bytes(path, "collection: pid, passage") as file:
+            first = 0
             if self.path.suffix == ".gz":
                 self.file = tempfile.TemporaryFile()  # noqa: SIM115 - read as long as this object lives
                 shutil.copyfileobj(file, self.file, BLOCK)
             else:
+                first = file.tell()  # behind a byte-order mark
                 self.file = open(path, "rb")  # noqa: SIM115
-        self.starts = line_starts(self.file)  # (n + 1,)
+        self.starts = line_starts(self.file, first)  # (n + 1,)
+        self.lock = threading.Lock()  # of the file's position
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -104,18 +140,20 @@ class Collection:
     def __getitem__(self, row: int) -> tuple[str, str]:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        self.file.seek(self.starts[row])
-        fields = self.file.read(self.starts[row + 1] - self.starts[row]).decode().rstrip("\r\n").split("\t")
+        with self.lock:
+            self.file.seek(self.starts[row])
+            line = self.file.read(self.starts[row + 1] - self.starts[row])
+        fields = decode(self.path, row + 1, line).split("\t")
         if len(fields) != 2:
             raise InputError(f"{self.path}:{row + 1}: found {len(fields)} column(s), expected 2 (pid, passage)")
         return fields[0], fields[1]
 
 
-def line_starts(file) -> np.ndarray:
-    """Where each line of a binary file begins, and where the last one ends (n + 1,) int64."""
-    size, ends = file.seek(0, os.SEEK_END), [np.zeros(1, np.int64)]
-    file.seek(0)
-    for start in range(0, size, BLOCK):
+def line_starts(file, first: int = 0) -> np.ndarray:
+    """Where each line of a binary file begins, from byte `first` on, and where the last one ends (n + 1,) int64."""
+    size, ends = file.seek(0, os.SEEK_END), [np.array([first])]
+    file.seek(first)
+    for start in range(first, size, BLOCK):
         block = np.frombuffer(file.read(BLOCK), np.uint8)
         ends.append(np.flatnonzero(block == ord("\n")) + start + 1)
     starts = np.concatenate(ends)

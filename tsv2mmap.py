@@ -16,41 +16,56 @@ collection but for 8 bytes an id, and 12 bytes a distinct text where triples are
 
 import argparse
 import collections
+import contextlib
 import hashlib
 import itertools
 import multiprocessing
 import os
+import resource
+import signal
+import sys
+import threading
 import time
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
 from pathlib import Path
+
+from cli import InputError, catch_signals, cores, maxlen, positive, run_stage
+
+if __name__ == "__main__":  # before the imports that take a second
+    catch_signals()
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from artifact import check_file, fingerprint, publish, seen_from, write_meta
-from cli import InputError, run_stage
+from artifact import check_file, check_output_dir, fingerprint, publish, seen_from, write_meta
 from progress import progress
 from ragged import Ids, IdWriter, NpyWriter, RaggedWriter
 from text import prepare_texts, tokenize
 from tsv import batched, open_bytes, read_id_text, read_rows
 
 CHUNK = 2000  # texts handed to a worker at a time
+GUESSED = 100  # lines of triples looked at to tell ids from texts
+TRIPLE_HEADERS = ("query", "anchor", "question", "positive", "negative", "pos", "neg")
 
 
 class TokenWriter:
     """Tokenises texts on all workers and writes them, in order, as one ragged array."""
 
-    def __init__(self, folder, pool, dtype, kind: str):
+    def __init__(self, folder, pool: Executor, n_ahead: int, dtype, kind: str):
         self.writer, self.pool, self.kind, self.pending = RaggedWriter(folder, dtype), pool, kind, collections.deque()
-        self.n_texts = 0
+        self.n_texts, self.n_ahead = 0, n_ahead
 
     def append(self, texts: list[str]) -> None:
         self.n_texts += len(texts)
-        self.pending.append(self.pool.apply_async(tokenize_chunk, (texts, self.kind)))
-        if len(self.pending) > 2 * self.pool._processes + 2:  # bounds what is read ahead
+        with unheard(signal.SIGINT):  # by the workers that are started here: the parent ends them
+            self.pending.append(self.pool.submit(tokenize_chunk, texts, self.kind))
+        if len(self.pending) > self.n_ahead:  # bounds what is read ahead
             self._write_one()
 
     def _write_one(self) -> None:
-        self.writer.append(*self.pending.popleft().get())
+        self.writer.append(*self.pending.popleft().result())
 
     def close(self) -> None:
         while self.pending:
@@ -58,8 +73,39 @@ class TokenWriter:
         self.writer.close()
 
 
+@contextlib.contextmanager
+def unheard(number: int):
+    """Have a signal wait until the block ends; processes started in it never hear it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def start_workers(n: int, *settings):
+    """A pool of n processes. Raises InputError as soon as one of them is gone, and InputError's own."""
+    context = multiprocessing.get_context("spawn")  # a fork would copy the parent's threads and memory
+    pool = ProcessPoolExecutor(n, context, start_worker, settings)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        pool.shutdown()
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        raise InputError(
+            f"a tokenising worker was killed, as by a system that runs out of memory: each of the {n} takes "
+            f"{peak / 1e6:.0f} MB: give fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def start_worker(tokenizer: str, maxlen: dict[str, int], texts: dict, dtype: str) -> None:
     """Load the tokenizer (JSON) once in each worker; the workers are the parallelism, so each keeps to one thread."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenize_chunk.tokenizer, tokenize_chunk.maxlen, tokenize_chunk.dtype = Tokenizer.from_str(tokenizer), maxlen, dtype
     tokenize_chunk.texts = texts
@@ -127,11 +173,31 @@ def convert_texts(path, what: str, writer: TokenWriter, ids: IdWriter, text_rows
         )
 
 
-def guess_format(path, has_ids: bool) -> str:
-    """'id' where there are ids to refer to and no field of the first line has a space, else 'text'."""
+def guess_format(path, queries, collection, limit: int | None) -> str:
+    """'id' if the first lines of triples, at most `limit`, are of ids of `queries`, 'text' if they hold texts.
+
+    Raises InputError where that cannot be told.
+    """
+    if not (queries and collection):
+        return "text"
     with open_bytes(path, "triples") as file:
-        fields = file.readline().decode(errors="replace").rstrip("\r\n").split("\t")
-    return "id" if has_ids and not any(" " in field for field in fields) else "text"
+        lines = [
+            line.decode(errors="replace").rstrip("\r\n").split("\t")
+            for line in itertools.islice(file, min(limit or GUESSED, GUESSED))
+        ]
+    if any(len(field.split()) > 1 for fields in lines for field in fields):  # ids have no white space
+        return "text"
+    first = {fields[0] for fields in lines}
+    known = {"id": 0, "text": 0}
+    for _, qid, query in read_id_text(queries, "queries: qid, query"):
+        known["id"] += qid in first
+        known["text"] += query in first
+    if not lines or (known["id"] > 0) != (known["text"] > 0):
+        return "text" if known["text"] else "id"
+    raise InputError(
+        f"{path}:1: {lines[0][0]!r} is {'both an id and a text' if known['id'] else 'neither an id nor a text'} of "
+        f"{queries}: give --triples_format id or text, and the queries these triples were made from"
+    )
 
 
 def convert_id_triples(path, folder: Path, limit: int | None) -> int:
@@ -163,6 +229,8 @@ def convert_text_triples(path, folder: Path, limit: int | None, tables, writers)
     writer = NpyWriter(folder / "triples.npy", np.int32, (3,))
     lines = itertools.islice(read_rows(path, ", ".join(columns), "triples"), limit)
     for chunk in batched(progress(lines, desc=Path(path).name, unit=" triples", unit_scale=True), CHUNK):
+        if chunk[0][0] == 1 and all(field.lower() in TRIPLE_HEADERS for field in chunk[0][1]):
+            raise InputError(f"{path}:1: a header line (it begins with {chunk[0][1][0]!r}): remove it")
         queries, positives, negatives = zip(*(fields for _, fields in chunk), strict=True)
         rows = np.empty((len(chunk), 3), np.int32)
         rows[:, 0] = rows_of(queries, tables["query"], writers["query"])
@@ -193,6 +261,8 @@ def main(args):
         check_file(path, "input of tsv2mmap.py")
     if not inputs or (args.triples is None and args.collection is None):
         raise InputError("nothing to do: give --collection, or --triples, or both")
+    tokenizer_folder = [args.tokenizer] if Path(args.tokenizer).is_dir() else []
+    check_output_dir(args.output_dir, "tokens", *inputs, *tokenizer_folder)
     from layouts import texts_of  # here: the workers, which import this file, need neither torch nor transformers
     from model import load_tokenizer, tokenizer_fingerprint
 
@@ -202,18 +272,17 @@ def main(args):
     maxlen = {"query": args.query_maxlen, "passage": args.doc_maxlen}
     triples_format = args.triples_format
     if args.triples and triples_format == "auto":
-        triples_format = guess_format(args.triples, bool(args.collection and args.queries))
+        triples_format = guess_format(args.triples, args.queries, args.collection, args.max_triples)
     if args.triples and triples_format == "id" and not (args.collection and args.queries):
         raise InputError(f"{args.triples}: triples of ids need --collection and --queries, or --triples_format text")
 
-    context = multiprocessing.get_context("spawn")  # a fork would copy the parent's threads and memory
     counts = {}
     with (
         publish(args.output_dir) as folder,
-        context.Pool(args.workers, start_worker, (tokenizer.backend_tokenizer.to_str(), maxlen, texts, dtype)) as pool,
+        start_workers(args.workers, tokenizer.backend_tokenizer.to_str(), maxlen, texts, dtype) as pool,
     ):
         writers = {
-            kind: TokenWriter(folder / name, pool, dtype, kind)
+            kind: TokenWriter(folder / name, pool, 2 * args.workers + 2, dtype, kind)
             for kind, name in (("passage", "passages"), ("query", "queries"))
         }
         match_texts = args.triples is not None and triples_format == "text"
@@ -265,15 +334,13 @@ def parse_args():
         default="auto",
         help="auto: ids if --collection and --queries are given and the first line has no spaces",
     )
-    parser.add_argument("--max_triples", type=int, help="read only the first N triples (default: all)")
+    parser.add_argument("--max_triples", type=positive, help="read only the first N triples (default: all)")
     parser.add_argument("--tokenizer", required=True, help="model name or folder whose tokenizer to use")
     parser.add_argument(
-        "--query_maxlen", type=int, default=32, help="tokens of a query with [CLS] [Q] [SEP] (default 32)"
+        "--query_maxlen", type=maxlen, default=32, help="tokens of a query with [CLS] [Q] [SEP] (default 32)"
     )
-    parser.add_argument("--doc_maxlen", type=int, default=180, help="tokens of a passage, likewise (default 180)")
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)"
-    )
+    parser.add_argument("--doc_maxlen", type=maxlen, default=180, help="tokens of a passage, likewise (default 180)")
+    parser.add_argument("--workers", type=positive, default=cores(), help="processes (default: all cores)")
     parser.add_argument("--output_dir", type=Path, required=True, help="the tokens folder to write")
     return parser.parse_args()
 

@@ -3,13 +3,12 @@
 import contextlib
 import importlib
 import io
-import multiprocessing.dummy
 import os
 import random
 import string
 import subprocess
 import sys
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -50,8 +49,8 @@ def launch_cli(n_processes: int, script, *arguments) -> subprocess.CompletedProc
     return run_stage_cli(*launcher, *settings, script, *arguments, env=environment)
 
 
-def threads_for_workers(method=None):
-    return multiprocessing.dummy if method == "spawn" else get_context(method)
+def threads_for_workers(n: int, context, initializer, settings) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n, initializer=initializer, initargs=settings)
 
 
 def call_stage(script, *arguments) -> subprocess.CompletedProcess:
@@ -68,7 +67,7 @@ def call_stage(script, *arguments) -> subprocess.CompletedProcess:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
         mock.patch.object(sys, "argv", command),
-        mock.patch.object(multiprocessing, "get_context", threads_for_workers),
+        mock.patch.object(stage, "ProcessPoolExecutor", threads_for_workers, create=True),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):

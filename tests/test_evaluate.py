@@ -103,7 +103,7 @@ def test_mistakes_end_with_one_line(files, name, text, message):
     [
         (["--run", "none"], "none: no such file"),
         (["--measures", "MRR@ten"], "measure 'MRR@ten'"),
-        (["--rel", "0"], "0 is not 1 or more"),
+        (["--rel", "0"], "'0' is not a whole number above 0"),
         (["--metrics", "MAP"], "unrecognized arguments"),
     ],
 )

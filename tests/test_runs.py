@@ -148,7 +148,7 @@ def test_qrels(tmp_path):
         with pytest.raises(InputError, match=message):
             runs.read_qrels(path)
     path.write_bytes(b"q 0 \xff 1\n")
-    with pytest.raises(InputError, match=":1: not UTF-8"):
+    with pytest.raises(InputError, match=":1: byte 0xff at column 5 is not UTF-8"):
         runs.read_qrels(path)
     with pytest.raises(InputError, match="no such file"):
         runs.read_qrels(tmp_path / "none")
