@@ -89,11 +89,17 @@ def catch_signals() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    said = threading.Lock()
+
+    def say_why(number: int) -> None:
+        if said.acquire(blocking=False):  # os.write: what the main thread was printing may be half done
+            os.write(2, f"{name()}: ended by {signal.Signals(number).name}\n".encode())
 
     def handle(number, _) -> None:  # by the main thread, when it is back from C
         if _is_soft and number not in _requests:
             _requests.append(number)
         else:
+            say_why(number)
             raise SystemExit(128 + number)
 
     def watch() -> None:  # at once
@@ -102,7 +108,7 @@ def catch_signals() -> None:
             _is_soft and number not in seen
         ):
             seen.append(number)
-        say(f"ended by {signal.Signals(number).name}")
+        say_why(number)
         time.sleep(GRACE)
         os._exit(128 + number)
 
@@ -114,9 +120,14 @@ def catch_signals() -> None:
 # -------------------------------------------------------------------------------------------------------- run a stage
 
 
+def name() -> str:
+    """What the script is called."""
+    return os.path.basename(sys.argv[0])
+
+
 def say(line: str) -> None:
     """One line on stderr, after the name of the script."""
-    print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
+    print(f"{name()}: {line}", file=sys.stderr, flush=True)
 
 
 def start(parse_args) -> argparse.Namespace:

@@ -19,7 +19,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import InputError, run_stage
+import cli
+from artifact import check_output_file
+from cli import InputError, positive, run_stage
 from progress import progress
 from runs import write_run
 from tsv import read_id_text, read_queries
@@ -67,8 +69,8 @@ def load_encoder(model: str, max_tokens: int, batch_size: int):
     device = default_device().type
     dtype = fast_dtype(device)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        encoder = AutoModel.from_pretrained(model).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        encoder = AutoModel.from_pretrained(model, trust_remote_code=False).to(device).eval()
     except (OSError, ValueError) as error:
         raise InputError(f"--model {model}: {str(error).splitlines()[0]}: give a model's name or folder") from None
 
@@ -116,21 +118,22 @@ def parse_args():
     parser.add_argument("--collection", required=True, help="pid, passage; .gz allowed")
     parser.add_argument("--queries", required=True, help="qid, query; .gz allowed")
     parser.add_argument("--output", required=True, help="run file to write")
-    parser.add_argument("--k", type=int, default=1000, help="passages per query")
+    parser.add_argument("--k", type=positive, default=1000, help="passages per query")
     parser.add_argument("--format", choices=["trec", "msmarco"], default="trec", help="of the run file")
     # mean_pool
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="encoder: name or folder")
-    parser.add_argument("--max_tokens", type=int, default=256, help="longer texts are cut to this")
-    parser.add_argument("--batch_size", type=int, default=64, help="texts encoded at once")
+    parser.add_argument("--max_tokens", type=positive, default=256, help="longer texts are cut to this")
+    parser.add_argument("--batch_size", type=positive, default=64, help="texts encoded at once")
     return parser.parse_args()
 
 
 def main(args):
     started = time.time()
+    check_output_file(args.output, args.collection, args.queries)
     queries = read_queries(args.queries)
     pids, passages = read_collection(args.collection)
-    if args.k < 1 or not queries:
-        raise InputError(f"--k {args.k} and {len(queries)} queries in {args.queries}: both must be at least 1")
+    if not queries:
+        raise InputError(f"{args.queries}: no queries")
     if args.method == "bm25":
         rankings = search_bm25(pids, passages, queries, args.k)
     else:
@@ -143,4 +146,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_stage(main, parse_args())
+    run_stage(main, cli.start(parse_args))

@@ -26,7 +26,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from artifact import fingerprint, publish, write_meta
+import cli
+from artifact import check_output_dir, fingerprint, publish, write_meta
 from cli import InputError, run_stage
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "_vendor", "idlelib", "lib2to3", "distutils"}
@@ -189,15 +190,16 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to make, e.g. data/demo")
     parser.add_argument("--packages", nargs="+", default=["stdlib", "numpy", "torch", "transformers"], help="sources")
-    parser.add_argument("--max_passages", type=int, default=2000, help="passages in the collection")
-    parser.add_argument("--dev_share", type=float, default=0.15, help="share of the passages that become dev queries")
-    parser.add_argument("--n_hard", type=int, default=3, help="BM25 negatives of a training query; one random is added")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of negatives and the order of the triples")
+    parser.add_argument("--max_passages", type=cli.positive, default=2000, help="passages in the collection")
+    parser.add_argument("--dev_share", type=cli.share, default=0.15, help="share of passages that become dev queries")
+    parser.add_argument("--n_hard", type=cli.positive, default=3, help="BM25 negatives of a query; one random is added")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the negatives and the order of the triples")
     return parser.parse_args()
 
 
 def main(args):
     started = time.time()
+    check_output_dir(args.output_dir, "demo collection")
     print(f"reading docstrings of {', '.join(args.packages)}")
     pairs = choose(args.packages, args.max_passages)
     train, dev = split_by_group(list(pairs), round(len(pairs) * args.dev_share))
@@ -222,4 +224,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_stage(main, parse_args())
+    run_stage(main, cli.start(parse_args))

@@ -5,15 +5,14 @@ python scripts/report.py --show_run run.tsv --collection F --queries F [--qrels 
 """
 
 import argparse
-import json
 import sys
 import textwrap
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from artifact import check_file
-from cli import InputError, run_stage
+from artifact import read_json
+from cli import InputError, run_stage, start
 from runs import read_qrels, read_run
 from tsv import read_id_text, read_queries
 
@@ -26,9 +25,9 @@ def read_metrics(pair: str) -> tuple[str, dict[str, float]]:
     if not path:
         raise InputError(f"{pair}: give name=metrics.json")
     try:
-        metrics = json.loads(check_file(path, "measures: run evaluate.py --output").read_text())
+        metrics = read_json(path, "run evaluate.py --output")
         return name, {measure: metrics[measure] for measure in COLUMNS if measure in metrics}
-    except (ValueError, TypeError):
+    except TypeError:
         raise InputError(f"{path}: not what evaluate.py --output writes: run it again") from None
 
 
@@ -85,4 +84,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, parse_args())
+    run_stage(main, start(parse_args))

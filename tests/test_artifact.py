@@ -1,13 +1,33 @@
 """Artifacts appear when whole, or not at all."""
 
 import argparse
+import contextlib
+import errno
 import json
+import os
+import shutil
+import stat
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from artifact import fingerprint, publish, read_meta, write_json, write_meta
+from artifact import (
+    check_output_dir,
+    check_output_file,
+    check_sums,
+    fingerprint,
+    publish,
+    read_json,
+    read_meta,
+    replacing,
+    span,
+    sums_of,
+    verify,
+    write_json,
+    write_meta,
+)
 from cli import InputError, run_stage
 
 
@@ -84,3 +104,196 @@ def test_run_stage(capsys):
     shown = capsys.readouterr()
     assert end.value.code == 2 and shown.out == ""
     assert shown.err.endswith(": error: file.tsv:3: found x: do y\n") and len(shown.err.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ outputs
+
+
+def tree(folder) -> dict:
+    """What every path of a folder is, and holds."""
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def artifact_at(folder, kind="tokens"):
+    folder.mkdir(parents=True)
+    (folder / "a.npy").write_bytes(b"x" * 1000)
+    (folder / "sub").mkdir()
+    (folder / "sub/b.npy").write_bytes(bytes(range(256)))
+    return write_meta(folder, kind, "abc", time.time(), argparse.Namespace())
+
+
+@pytest.mark.parametrize(
+    "prepare, message",
+    [
+        (lambda out: out.write_text("mine"), "a file, not a folder"),
+        (lambda out: (out.mkdir(), (out / "thesis.tex").write_text("mine")), r"no tokens folder \(thesis\.tex\)"),
+        (lambda out: artifact_at(out, "index"), "holds 'index'"),
+        (lambda out: (artifact_at(out), (out / "notes.txt").write_text("mine")), r"notes\.txt in it is not a part"),
+        (lambda out: (artifact_at(out), (out / "meta.json").write_text("{}")), "holds what is no tokens folder"),
+    ],
+)
+def test_output_dir_that_is_not_the_stages_own_is_spared(tmp_path, prepare, message):
+    prepare(tmp_path / "out")
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match=message):
+        check_output_dir(tmp_path / "out", "tokens")
+    assert tree(tmp_path) == before
+
+
+def test_output_dir_that_may_be_written(tmp_path):
+    assert check_output_dir(tmp_path / "new/one", "tokens") == tmp_path / "new/one"
+    (tmp_path / "empty").mkdir()
+    artifact_at(tmp_path / "old")
+    (tmp_path / "link").symlink_to(tmp_path / "old")
+    for name in ("empty", "old", "link"):
+        check_output_dir(tmp_path / name, "tokens", None, tmp_path / "no such input")
+    with publish(tmp_path / "link") as folder:
+        (folder / "new").write_text("1")
+    assert (tmp_path / "link").is_symlink() and [path.name for path in (tmp_path / "old").iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("inside", ["data", "data/c.tsv"])
+def test_output_that_holds_an_input(tmp_path, inside):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/c.tsv").write_text("1\ttext\n")
+    (tmp_path / "other").symlink_to(tmp_path / "data")
+    for output in ("data", "other", "data/../data"):
+        with pytest.raises(InputError, match=r"holds what is read, .*data"):
+            check_output_dir(tmp_path / output, "tokens", tmp_path / inside)
+    with pytest.raises(InputError, match="holds what is read"):
+        check_output_file(tmp_path / "other/c.tsv", tmp_path / "data/c.tsv")
+    with pytest.raises(InputError, match="a folder: give a file"):
+        check_output_file(tmp_path / "data")
+
+
+def test_files_follow_links_and_devices_stay(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to("target")
+    with replacing(tmp_path / "link") as file:
+        file.write(b"new")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with replacing(tmp_path / "pipe") as file:
+        file.write(b"through")
+    assert os.read(reader, 99) == b"through" and stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+    os.close(reader)
+    assert (tmp_path / "target").read_text() == "new" and (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "target"]
+
+
+@pytest.mark.parametrize("plant", ["symlink_to", "hardlink_to"])
+def test_planted_links_are_not_followed(tmp_path, plant):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    getattr(tmp_path / "run.tsv.partial", plant)(tmp_path / "victim")
+    with contextlib.suppress(InputError), replacing(tmp_path / "run.tsv") as file:
+        file.write(b"new")
+    if plant == "symlink_to":
+        (tmp_path / "out.partial").symlink_to(tmp_path / "folder")
+        with pytest.raises(InputError, match=r"out\.partial: a symbolic link"), publish(tmp_path / "out"):
+            pass
+    assert (tmp_path / "victim").read_text() == "mine" and (tmp_path / "folder").is_dir()
+
+
+def test_one_at_a_time(tmp_path):
+    for open_output in (publish, replacing):
+        with open_output(tmp_path / "out") as mine:
+            with pytest.raises(InputError, match="out: another process is writing it"), open_output(tmp_path / "out"):
+                pass
+            (mine / "a").write_text("1") if open_output is publish else mine.write(b"1")
+        with open_output(tmp_path / "out"):
+            pass
+        shutil.rmtree(tmp_path / "out") if open_output is publish else (tmp_path / "out").unlink()
+        assert not list(tmp_path.iterdir())
+
+
+def test_killed_between_two_renames(tmp_path):
+    (tmp_path / "out.retired").mkdir()
+    (tmp_path / "out.retired/old").write_text("old")
+    (tmp_path / "out.partial").mkdir()
+    with pytest.raises(InputError), publish(tmp_path / "out"):
+        raise InputError("x")
+    assert tree(tmp_path) == {"out": False, "out/old": b"old"}
+
+
+def test_an_error_names_its_file(tmp_path):
+    with pytest.raises(OSError, match="space") as error, publish(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as of a write
+    assert error.value.filename == str(tmp_path / "out") and not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------- checksums
+
+
+def test_json_with_a_checksum(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1, "é": [2.5, None]}, summed=True)
+    assert read_json(path) == {"a": 1, "é": [2.5, None]}
+    path.write_text(path.read_text().replace("2.5", "2.6"))
+    with pytest.raises(InputError, match=r"x\.json: damaged, or changed by hand"):
+        read_json(path)
+    for text in (b"", b"{", b"\xff\xfe", b"[" * 100_000):
+        path.write_bytes(text)
+        with pytest.raises(InputError, match=r"x\.json: not JSON .*: restore it"):
+            read_json(path)
+
+
+def test_verify_finds_every_flipped_bit(tmp_path):
+    artifact_at(tmp_path / "out")
+    assert verify(tmp_path / "out") == 1256
+    for name, at in (("a.npy", 0), ("a.npy", 999), ("sub/b.npy", 100)):
+        data = bytearray((tmp_path / "out" / name).read_bytes())
+        data[at] ^= 1
+        (tmp_path / "out" / name).write_bytes(data)
+        read_meta(tmp_path / "out", "tokens", "tsv2mmap.py")  # no size shows it
+        with pytest.raises(InputError, match=rf"{name}: damaged within bytes 0 to \d+"):
+            read_meta(tmp_path / "out", "tokens", "tsv2mmap.py", check=True)
+        data[at] ^= 1
+        (tmp_path / "out" / name).write_bytes(data)
+    assert verify(tmp_path / "out") == 1256
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda path: path.unlink(), r"b\.npy: missing"),
+        (lambda path: os.truncate(path, 100), r"b\.npy: 100 bytes, should be 256"),
+        (lambda path: path.write_bytes(b"0" * 257), r"b\.npy: 257 bytes, should be 256"),
+    ],
+)
+def test_opening_checks_sizes(tmp_path, damage, message):
+    artifact_at(tmp_path / "out")
+    damage(tmp_path / "out/sub/b.npy")
+    with pytest.raises(InputError, match=message):
+        read_meta(tmp_path / "out", "tokens", "tsv2mmap.py")
+
+
+def test_sums_of_parts_that_are_known(tmp_path):
+    (tmp_path / "v").write_bytes(b"headbody1body2")
+    spans = [span(b"head"), span(np.frombuffer(b"body1", np.uint8)), span(b"body2")]
+    sums = sums_of(tmp_path, {"v": spans})
+    assert sums == {"v": spans} and check_sums(tmp_path, sums) == 14
+    (tmp_path / "v").write_bytes(b"headbody1body3")
+    with pytest.raises(InputError, match="v: damaged within bytes 9 to 14"):
+        check_sums(tmp_path, sums)
+
+
+def test_published_files_are_readable_by_others(tmp_path):
+    (tmp_path / "weights").write_bytes(b"x")
+    (tmp_path / "weights").chmod(0o600)
+    mask = os.umask(0o022)
+    try:
+        sums_of(tmp_path)
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "weights").stat().st_mode) == 0o644
+
+
+def test_old_folders_open_and_cannot_be_verified(tmp_path):
+    (tmp_path / "meta.json").write_text('{"kind": "tokens"}')
+    assert read_meta(tmp_path, "tokens", "tsv2mmap.py") == {"kind": "tokens"}
+    with pytest.raises(InputError, match="without checksums"):
+        read_meta(tmp_path, "tokens", "tsv2mmap.py", check=True)
