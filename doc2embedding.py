@@ -14,6 +14,8 @@ killed goes on with the parts that are missing. Memory holds one part. Reference
 """
 
 import argparse
+import contextlib
+import functools
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -104,8 +106,9 @@ def check_counts(counts: np.ndarray, first: int, args) -> None:
         raise InputError(f"{args.tokens_dir}: passage {pid} has {n} embeddings, {reason}")
 
 
-def claim(folder: Path, source: str, lay_out) -> int:
-    """Make the folder, laid out, unless it is there from an earlier run, and lock it until this process ends.
+@contextlib.contextmanager
+def claim(folder: Path, source: str, lay_out):
+    """Make the folder, laid out, unless it is there from an earlier run; it is locked while the block runs.
 
     Raises InputError if there is something else, or if another process is at work there.
     """
@@ -116,7 +119,13 @@ def claim(folder: Path, source: str, lay_out) -> int:
             (partial / "source").write_text(source)
     elif not (folder / "source").is_file() or (folder / "source").read_bytes() != source.encode():
         raise InputError(f"{folder}: holds something else, or embeddings of another model or collection: remove it")
-    return lock(folder.resolve(), folder, os.O_RDONLY | os.O_DIRECTORY)
+    elif (folder / "meta.json").exists():
+        read_meta(folder, "embeddings", "doc2embedding.py")
+    descriptor = lock(folder.resolve(), folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def embed_part(model: ColBERT, passages: Ragged, start: int, stop: int, folder: Path, number: int, args, done) -> None:
@@ -160,6 +169,32 @@ def sums_of_values(folder: Path, parts: list[dict]) -> dict:
         return {"values.npy": [span(file.read(header)), *(part["span"] for part in parts)]}
 
 
+def embed_missing(state, model: ColBERT, passages: Ragged, n_passages: int, args) -> float:
+    """Embed this process's share of the parts that are missing; returns passages a second, of all processes."""
+    folder, starts = args.output_dir, range(0, n_passages, args.part_size)
+    missing = [number for number in range(len(starts)) if not (folder / "parts" / f"{number}.json").exists()]
+    state.wait_for_everyone()  # all have the same list, before the first part is done
+    bar = progress(total=n_passages, show=state.is_main_process, desc="embed", unit=" passages", unit_scale=True)
+    bar.update(max(0, n_passages - len(missing) * args.part_size))
+    done = lambda n: bar.update(n * state.num_processes)  # noqa: E731
+    clock, embedded = time.time(), 0
+    # On a GPU two parts are under way: while one is filtered, copied and written, the GPU computes the other.
+    with ThreadPoolExecutor(2 if state.device.type == "cuda" else 1) as threads:
+        jobs = {}
+        for number in missing[state.process_index :: state.num_processes]:
+            start, stop = starts[number], min(n_passages, starts[number] + args.part_size)
+            jobs[threads.submit(embed_part, model, passages, start, stop, folder, number, args, done)] = stop - start
+        try:
+            for job in as_completed(jobs):
+                job.result()
+                embedded += jobs[job]
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
+    bar.close()
+    return embedded * state.num_processes / (time.time() - clock)
+
+
 def main(args):
     started = time.time()
     if args.nlist and not args.bits:
@@ -186,59 +221,41 @@ def main(args):
     passages, pids = Ragged(args.tokens_dir / "passages", "u2 u4"), Ids(args.tokens_dir / "pids.npy", n_passages)
     if len(passages) < n_passages:
         raise InputError(f"{args.tokens_dir}: {len(passages)} passages, {n_passages} ids: run tsv2mmap.py again")
-    if state.is_main_process:
-        _lock = claim(folder, source, lambda partial: layout(model, passages, n_passages, args, partial))
-    state.wait_for_everyone()
-
-    starts = range(0, n_passages, args.part_size)
-    missing = [number for number in range(len(starts)) if not (folder / "parts" / f"{number}.json").exists()]
-    bar = progress(total=n_passages, show=state.is_main_process, desc="embed", unit=" passages", unit_scale=True)
-    bar.update(max(0, n_passages - len(missing) * args.part_size))
-    done = lambda n: bar.update(n * state.num_processes)  # noqa: E731
-    clock, embedded = time.time(), 0
-    # On a GPU two parts are under way: while one is filtered, copied and written, the GPU computes the other.
-    with ThreadPoolExecutor(2 if state.device.type == "cuda" else 1) as threads:
-        jobs = {}
-        for number in missing[state.process_index :: state.num_processes]:
-            start, stop = starts[number], min(n_passages, starts[number] + args.part_size)
-            jobs[threads.submit(embed_part, model, passages, start, stop, folder, number, args, done)] = stop - start
-        try:
-            for job in as_completed(jobs):
-                job.result()
-                embedded += jobs[job]
-        except BaseException:
-            threads.shutdown(cancel_futures=True)
-            raise
-    bar.close()
-    seconds = time.time() - clock
-    state.wait_for_everyone()
-    if not state.is_main_process:
-        return None
-
-    with replacing(folder / "pids.npy") as file:
-        np.save(file, pids.ids)
-    collection = tokens_meta.get("collection_path")
-    parts = [read_json(folder / "parts" / f"{number}.json") for number in range(len(starts))]
-    facts = {
-        "model": str(args.model),
-        "model_fingerprint": model_print,
-        "tokenizer_fingerprint": tokenizer_fingerprint(model.tokenizer),
-        "normalized": model.config.normalize,
-        "model_path": seen_from(folder, args.model),
-        "collection_path": collection and seen_from(folder, args.tokens_dir.resolve() / collection),
-        "tokens_fingerprint": tokens_meta["fingerprint"],
-        "processes": state.num_processes,
-        "passages": n_passages,
-        "embeddings": sum(part["embeddings"] for part in parts),
-        "dim": model.config.dim,
-        **({"bits": args.bits, "nlist": len(load_npy(folder / "codec" / "centroids.npy"))} if args.bits else {}),
-        "dtype": "uint8" if args.bits else "float16",
-        "compute_dtype": str(fast_dtype(state.device)).removeprefix("torch."),
-        "padding": round(sum(part["padding"] * part["passages"] for part in parts) / n_passages, 4),
-        "passages_per_second": round(embedded * state.num_processes / seconds, 1),
-    }
-    known = {} if args.bits else sums_of_values(folder, parts)
-    meta = write_meta(folder, "embeddings", source, started, args, known=known, **facts)
+    lay_out = functools.partial(layout, model, passages, n_passages, args)
+    with claim(folder, source, lay_out) if state.is_main_process else contextlib.nullcontext():
+        state.wait_for_everyone()
+        total = int(load_npy(folder / "offsets.npy", "i8", (n_passages + 1,))[-1])
+        if not args.bits:
+            load_npy(folder / "values.npy", "f2", (total, model.config.dim))
+        rate = embed_missing(state, model, passages, n_passages, args)
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            return None
+        with replacing(folder / "pids.npy") as file:
+            np.save(file, pids.ids)
+        collection = tokens_meta.get("collection_path")
+        n_parts = len(range(0, n_passages, args.part_size))
+        parts = [read_json(folder / "parts" / f"{number}.json") for number in range(n_parts)]
+        facts = {
+            "model": str(args.model),
+            "model_fingerprint": model_print,
+            "tokenizer_fingerprint": tokenizer_fingerprint(model.tokenizer),
+            "normalized": model.config.normalize,
+            "model_path": seen_from(folder, args.model),
+            "collection_path": collection and seen_from(folder, args.tokens_dir.resolve() / collection),
+            "tokens_fingerprint": tokens_meta["fingerprint"],
+            "processes": state.num_processes,
+            "passages": n_passages,
+            "embeddings": total,
+            "dim": model.config.dim,
+            **({"bits": args.bits, "nlist": len(load_npy(folder / "codec" / "centroids.npy"))} if args.bits else {}),
+            "dtype": "uint8" if args.bits else "float16",
+            "compute_dtype": str(fast_dtype(state.device)).removeprefix("torch."),
+            "padding": round(sum(part["padding"] * part["passages"] for part in parts) / n_passages, 4),
+            "passages_per_second": round(rate, 1),
+        }
+        known = {} if args.bits else sums_of_values(folder, parts)
+        meta = write_meta(folder, "embeddings", source, started, args, known=known, **facts)
     return {"output_dir": str(folder), "seconds": meta["seconds"], **facts}
 
 

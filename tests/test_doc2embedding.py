@@ -1,6 +1,7 @@
 """doc2embedding: the model's own vectors, in the collection's order, whoever computed them and however often."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 import torch
 from conftest import call_stage, launch_cli, succeed
 
+from artifact import lock, verify
+from cli import InputError
 from model import ColBERT
 from ragged import Ids, Ragged
 
@@ -126,6 +129,54 @@ def test_mistakes(embedding_dir, embedding_arguments, model_dir, tmp_path):
         *embedding_arguments, "--tokens_dir", embedding_dir, *output
     )
     assert not (tmp_path / "new").exists()
+
+
+def test_what_cannot_be_found_or_coded_is_said_before_work(embedding_arguments, tokens_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("doc2embedding.LONGEST", 100)
+    message = refused(*embedding_arguments, "--bits", 2, "--output_dir", tmp_path / "e")
+    assert "passage p9 has " in message and "run tsv2mmap.py with a smaller --doc_maxlen" in message
+    monkeypatch.setattr(ColBERT, "kept_counts", lambda self, values, lengths: np.zeros(len(lengths), np.int64))
+    message = refused(*embedding_arguments, "--output_dir", tmp_path / "e")
+    assert "passage p0 has 0 embeddings" in message and "leave it out of the collection" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bad_embedding_names_its_passage(embedding_arguments, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        error = InputError("its embeddings are not finite")
+        error.passage = 2
+        raise error
+
+    monkeypatch.setattr(ColBERT, "embed_passages", fail)
+    assert "passage p2: its embeddings are not finite" in refused(*embedding_arguments, "--output_dir", tmp_path / "e")
+    assert not (tmp_path / "e/meta.json").exists()
+
+
+@pytest.mark.parametrize("name", ["values.npy", "offsets.npy", "parts/1.json", "pids.npy"])
+def test_a_damaged_folder_is_not_finished_again(embedding_dir, embedding_arguments, tmp_path, name):
+    shutil.copytree(embedding_dir, tmp_path / "e")
+    (tmp_path / "e" / name).write_bytes((embedding_dir / name).read_bytes()[:-7])
+    assert f"{name}: " in refused(*embedding_arguments, "--output_dir", tmp_path / "e")
+
+
+def test_checksums_of_all_files(embedding_dir, embedding_arguments, tokens_dir, tmp_path):
+    size = sum(path.stat().st_size for path in embedding_dir.rglob("*") if path.is_file())
+    assert verify(embedding_dir) == size - (embedding_dir / "meta.json").stat().st_size
+    spans = json.loads((embedding_dir / "meta.json").read_text())["files"]["values.npy"]
+    assert len(spans) == 6  # the header, five parts
+    shutil.copytree(tokens_dir, tmp_path / "tokens")
+    with open(tmp_path / "tokens/passages/values.npy", "r+b") as file:
+        file.seek(200)
+        file.write(b"\xff")
+    arguments = (*embedding_arguments, "--tokens_dir", tmp_path / "tokens", "--verify", "--output_dir", tmp_path / "e")
+    assert "passages/values.npy: damaged" in refused(*arguments)
+
+
+def test_one_at_a_time(embedding_arguments, embedding_dir, tmp_path):
+    shutil.copytree(embedding_dir, tmp_path / "e")
+    descriptor = lock(tmp_path / "e", "e", os.O_RDONLY)
+    assert "another process is writing it" in refused(*embedding_arguments, "--output_dir", tmp_path / "e")
+    os.close(descriptor)
 
 
 def test_another_models_tokens(embedding_arguments, toy_dir, encoder_dir, tmp_path):

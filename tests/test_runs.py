@@ -1,10 +1,12 @@
 import gzip
 import random
 
+import numpy as np
 import pytest
 
 import runs
 from cli import InputError
+from ragged import Ids
 
 
 def msmarco_official(qrels, rankings, k):
@@ -152,3 +154,25 @@ def test_qrels(tmp_path):
         runs.read_qrels(path)
     with pytest.raises(InputError, match="no such file"):
         runs.read_qrels(tmp_path / "none")
+
+
+def test_a_byte_order_mark_and_a_header(tmp_path):
+    (tmp_path / "qrels").write_bytes(b"\xef\xbb\xbfq1 0 p1 1\n")
+    (tmp_path / "run").write_bytes(b"\xef\xbb\xbfq1\tp1\t1\n")
+    np.save(tmp_path / "pids.npy", np.array([b"p1"]))
+    assert runs.read_qrels(tmp_path / "qrels") == {"q1": {"p1": 1}} and list(runs.read_run(tmp_path / "run")) == ["q1"]
+    assert runs.read_candidates(tmp_path / "run", Ids(tmp_path / "pids.npy"), ["q1"])["q1"].tolist() == [0]
+    (tmp_path / "header").write_text("qid\tpid\nq1\tp1\n")
+    with pytest.raises(InputError, match=r"header:1: a header line"):
+        runs.read_candidates(tmp_path / "header", Ids(tmp_path / "pids.npy"), ["q1"])
+
+
+def test_a_run_is_the_same_bytes_each_time_gz_too(tmp_path):
+    for name in ("run", "run.gz"):
+        written = []
+        for _ in range(2):
+            runs.write_run(tmp_path / name, [("q1", ["é", "b"], [2.0, 1.0])])
+            written.append((tmp_path / name).read_bytes())
+        assert written[0] == written[1]
+    assert gzip.decompress(written[0]) == (tmp_path / "run").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.gz"]

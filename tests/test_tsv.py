@@ -41,12 +41,23 @@ def test_lines_are_no_csv(tmp_path, name):
         (b"a b\tx\n", r"a\.tsv:1: id 'a b' is empty or has white space"),
         (b" a\tx\n", r"a\.tsv:1: id ' a'"),
         ("a\u00a0b\tx\n".encode(), r"a\.tsv:1: id .* white space"),
+        (b"5\0\tx\n", r"a\.tsv:1: id '5\\x00' has a control character"),
+        (b"a\tb\nc\x1bd\tx\n", r"a\.tsv:2: id 'c\\x1bd' has a control"),
+        (b"pid\tpassage\n1\tx\n", r"a\.tsv:1: a header line \(it begins with 'pid'\): remove it"),
+        ("a\tb\n".encode("utf-16"), r"a\.tsv:1: UTF-16 .*convert the file to UTF-8"),
         (b"a" * 257 + b"\tx\n", r"a\.tsv:1: id of 257 bytes, at most 256"),
     ],
 )
 def test_errors_name_the_line(tmp_path, content, message):
     with pytest.raises(InputError, match=message):
         list(read_id_text(write(tmp_path / "a.tsv", content), "collection"))
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz"])
+def test_a_byte_order_mark_is_no_part_of_an_id(tmp_path, name):
+    path = write(tmp_path / name, b"\xef\xbb\xbfq1\tone\nid\ttwo\n")
+    assert read_queries(path) == {"q1": "one", "id": "two"}  # a header is a first line
+    assert [Collection(path)[row] for row in (0, 1)] == [("q1", "one"), ("id", "two")]
 
 
 def test_missing_and_broken_files(tmp_path):

@@ -3,10 +3,14 @@
 import gzip
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
-from conftest import call_stage, run_stage_cli, succeed, toy_inputs
+from conftest import ROOT, call_stage, run_stage_cli, succeed, toy_inputs
 
 from model import load_tokenizer
 from ragged import Ids, Ragged
@@ -156,6 +160,53 @@ def test_text_rows_equal_a_dict():
     assert len(table.hashes) > 1 << 16  # some were sorted, some were recent
 
 
+def test_texts_without_spaces_are_no_ids(encoder_dir, tmp_path):
+    lines = {"c": "p1\t今日は晴れ\np2\t雨が降る\n", "q": "q1\t天気\nq2\t雪\n", "t": "天気\t今日は晴れ\t雨が降る\n"}
+    for name, text in lines.items():
+        (tmp_path / name).write_text(text)
+    files = {"collection": tmp_path / "c", "queries": tmp_path / "q", "triples": tmp_path / "t"}
+    meta, triples, *_ = convert(encoder_dir, tmp_path / "out", **files)
+    assert triples == [[0, 0, 1]] and meta["counts"] == {
+        "qids": 2,
+        "pids": 2,
+        "triples": 1,
+        "passages": 2,
+        "queries": 2,
+    }
+
+
+def test_a_killed_worker_ends_it_at_once(encoder_dir, tmp_path):
+    words = "the boat of a cloud near an old house " * 40
+    (tmp_path / "c.tsv").write_text("".join(f"p{i}\t{words}\n" for i in range(60_000)))
+    flags = ("--collection", tmp_path / "c.tsv", "--tokenizer", encoder_dir, "--output_dir", tmp_path / "out")
+    command = [sys.executable, ROOT / "tsv2mmap.py", *flags, "--workers", "2"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        parent, workers = psutil.Process(process.pid), []
+        while len(workers) < 2 and process.poll() is None:
+            time.sleep(0.05)
+            workers = [child for child in parent.children() if "spawn_main" in " ".join(child.cmdline())]
+        time.sleep(0.5)
+        workers[0].kill()
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    error = [line for line in err.splitlines() if "tsv2mmap.py: error: a tokenising worker was killed" in line]
+    assert process.returncode == 2 and len(error) == 1 and error[0].endswith("give fewer --workers"), err
+    assert "Traceback" not in err and [path.name for path in tmp_path.iterdir()] == ["c.tsv"]
+    psutil.wait_procs(workers, timeout=10)
+    assert not any(worker.is_running() for worker in workers)
+
+
+def test_the_folder_of_the_collection_is_spared(encoder_dir, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/c.tsv").write_text("p1\tthe boat\n")
+    flags = ("--collection", tmp_path / "data/c.tsv", "--tokenizer", encoder_dir, "--output_dir", tmp_path / "data")
+    done = call_stage("tsv2mmap.py", *flags)
+    assert done.returncode == 2 and "holds what is read" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["c.tsv"]
+
+
 def test_more_negatives_and_max_triples(encoder_dir, tmp_path):
     (tmp_path / "c.tsv").write_text("7\tthe boat\n007\tthe cloud\n5\ta drum\n")
     (tmp_path / "q.tsv").write_text("2\tboat\n1\tcloud\n")
@@ -180,6 +231,10 @@ MISTAKES = {
     "bytes": ({"collection": b"p1\ta\np2\tcaf\xe9\n"}, "{collection}:2: byte 0xe9 at column 7 is not UTF-8"),
     "unknown pid": ({"triples": b"q1\tp1\tp2\nq1\tp1\tp3\n"}, "{triples}:2: pid 'p3' in column 3 is not among"),
     "unknown qid": ({"triples": b"q1\tp1\tp2\nq1\tp1\tp2\nq2\tp1\tp2\n"}, "{triples}:3: qid 'q2' in column 1 is not"),
+    "a header": ({"collection": b"docid\ttext\np1\ta\n"}, "{collection}:1: a header line"),
+    "a header of triples": ({"triples": b"query\tpositive\tnegative\na b\tc\td\n"}, "{triples}:1: a header line"),
+    "ids or texts": ({"queries": b"q1\tq1\n"}, "'q1' is both an id and a text of"),
+    "neither": ({"triples": b"q9\tp1\tp2\n"}, "'q9' is neither an id nor a text of"),
     "a triple cut short": ({"triples": b"q1\tp1\tp2\nq1\tp1\n"}, "{triples}:2: found 2 column(s), expected 3"),
     "a pair": ({"triples": b"q1\tp1\n"}, "{triples}:1: found 2 column(s), expected 3"),
     "text triples of four": ({"triples": b"find a\tthe b\tthe c\tthe d\n"}, "{triples}:1: found 4 column(s)"),
