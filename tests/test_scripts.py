@@ -2,11 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TRAIN_STEPS
+from conftest import ROOT, TRAIN_STEPS, run_stage_cli, succeed
 
 CONFIG = """
 OUT={out}
@@ -70,13 +71,26 @@ def test_driver_does_every_stage_once_and_again_what_a_changed_setting_changes(t
     ]
 
 
+def test_verify(tokens_dir, tmp_path):
+    shutil.copytree(tokens_dir, tmp_path / "tokens")
+    done = succeed(run_stage_cli("scripts/verify.py", tokens_dir, tmp_path / "tokens"))
+    size = sum(path.stat().st_size for path in tokens_dir.rglob("*.npy"))
+    assert json.loads(done.stdout)["bytes"] == 2 * size
+    data = bytearray((tmp_path / "tokens/triples.npy").read_bytes())
+    data[-1] ^= 4
+    (tmp_path / "tokens/triples.npy").write_bytes(data)
+    done = run_stage_cli("scripts/verify.py", tokens_dir, tmp_path / "tokens")
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert f"{tmp_path}/tokens/triples.npy: damaged" in done.stderr
+
+
 def test_driver_names_a_missing_configuration():
     done = run_driver("configs/none.sh")
     assert done.returncode != 0 and "configs/none.sh" in done.stderr
 
 
 @pytest.mark.parametrize(
-    "script", sorted(path.name for path in ROOT.glob("*.py") if "ARGS = parse_args()" in path.read_text())
+    "script", sorted(path.name for path in ROOT.glob("*.py") if "def parse_args()" in path.read_text())
 )
 def test_help_waits_for_no_import(script):
     code = (
