@@ -284,15 +284,24 @@ def sums_of(folder, known: dict[str, Spans] | None = None) -> dict[str, Spans]:
 
     Files that only their owner may read become readable to whom the umask allows.
     """
-    folder, known, mask, sums = Path(folder), known or {}, os.umask(0), {}
-    os.umask(mask)
+    folder, known, sums = Path(folder), known or {}, {}
+    share(folder)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != "meta.json":
             sums[name] = known[name] if name in known else [sum_of(path)]
-            if not stat.S_IMODE(path.stat().st_mode) & 0o077 & ~mask and os.stat(path).st_uid == os.geteuid():
-                path.chmod(stat.S_IMODE(path.stat().st_mode) | (0o666 & ~mask))
     return sums
+
+
+def share(folder) -> None:
+    """Make files that only their owner may read, as libraries write them, readable to whom the umask allows."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            found = path.stat()
+            if not stat.S_IMODE(found.st_mode) & 0o077 & ~mask and found.st_uid == os.geteuid():
+                path.chmod(stat.S_IMODE(found.st_mode) | (0o666 & ~mask))
 
 
 def sum_of(path) -> list:

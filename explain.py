@@ -140,10 +140,10 @@ def explain(model: ColBERT, query: str, passage: str) -> Explanation:
         prepare_texts([query], "query", config.texts()),
         prepare_texts([passage], "passage", config.texts()),
     )
-    ids, _ = model.frame_queries(*tokenize(model.tokenizer, [query], config.pieces("query") + FRAME))
+    ids, _ = model.frame_queries(*tokenize(model.backend, [query], config.pieces("query") + FRAME))
     query_tokens, _ = spell(model, query, ids[0].tolist(), "query")
     is_fill = (ids[0] == config.mask_token_id).numpy()  # no text holds that id
-    ids, mask = model.frame_passages(*tokenize(model.tokenizer, [passage], config.pieces("passage") + FRAME))
+    ids, mask = model.frame_passages(*tokenize(model.backend, [passage], config.pieces("passage") + FRAME))
     tokens, spans = spell(model, passage, ids[0].tolist(), "passage")
     kept = model.kept(ids, mask)[0].nonzero()[:, 0].tolist()
     return Explanation(
@@ -157,16 +157,14 @@ def explain(model: ColBERT, query: str, passage: str) -> Explanation:
 
 
 def spell(model: ColBERT, text: str, ids: list[int], kind: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """The piece of text that each framed token stands for and where it lies; special tokens by name, at no width.
-
-    Call after `tokenize` with the same text: the tokenizer keeps the length it cuts to.
-    """
-    encoding = model.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-    spans = [trim(text, *span) for span in encoding.offsets]
+    """The piece of text that each framed token stands for and where it lies; special tokens by name, at no width."""
+    offsets = model.backend.encode(text, add_special_tokens=False).offsets
+    n = model.config.pieces(kind)
+    spans = [trim(text, *span) for span in offsets[:n]]
     for at, (this, following) in enumerate(itertools.pairwise(spans)):
         if this != following:  # a lone "▁" before a word may claim the word's first letter too
             spans[at] = (this[0], max(this[0], min(this[1], following[0])))
-    end = spans[-1][1] if encoding.overflowing else len(text)
+    end = spans[-1][1] if len(offsets) > n else len(text)
     n_head = len(model.config.frame(kind)[0])
     spans = [(0, 0)] * n_head + spans + [(end, end)] * (len(ids) - len(spans) - n_head)
     names = model.tokenizer.convert_ids_to_tokens(ids)

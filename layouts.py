@@ -13,8 +13,8 @@ reads   a folder, a name on the hub, or v1's .dnn file, in one of the layouts
 writes  a folder in one of LAYOUTS that the library of that name opens
 
 Each key of another library's settings is used, or known to leave vectors alone, or an InputError that names it; a key
-that is missing has the value that library itself would take, or is an error. Code that comes with a checkpoint is
-never run, and pickled weights are read by `torch.load(weights_only=True)`.
+that is missing has the value that library itself would take, or is an error. encoders.py reads weights, tokenizers and
+encoders, for all of them.
 """
 
 import argparse
@@ -23,7 +23,11 @@ import copy
 import json
 import string
 import tempfile
+import time
 from pathlib import Path
+from typing import NamedTuple
+
+from cli import InputError, run_stage, start
 
 LAYOUTS = ("nanocolbert", "stanford", "pylate", "sentence-transformers")
 
@@ -34,33 +38,34 @@ def parse_args():
     parser.add_argument("--revision", help="version of a model on the hub: branch, tag or commit")
     parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="to write (default nanocolbert)")
     parser.add_argument("--output_dir", type=Path, required=True, help="the model folder to write")
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--verify", action=switch, default=False, help="check the checksums of what is read first")
     return parser.parse_args()
 
 
 if __name__ == "__main__":  # before the imports that take seconds: --help, or a wrong flag, is answered at once
-    ARGS = parse_args()
+    ARGS = start(parse_args)
 
-import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AddedToken, AutoConfig, AutoModel, AutoTokenizer
+from transformers import AddedToken, AutoConfig, PreTrainedConfig
 
-from artifact import publish, write_json
-from cli import InputError, run_stage
-from model import (
-    FRAME,
-    ColBERT,
-    ColBERTConfig,
+from artifact import check_output_dir, check_sizes, publish, read_json, sums_of, verify, write_json, write_meta
+from encoders import (
+    SIZES,
+    check_folder,
+    load_config,
+    load_encoder,
     load_tokenizer,
+    locate,
     longest_input,
-    prepare_texts,
+    read_pickle,
+    read_settings,
+    read_weights,
     special_token_ids,
-    tokenize,
 )
-
-SETTINGS_FILES = ["*.json", "*.txt", "*.model", "*.metadata"]  # of a repository on the hub
-NOT_LOADED = ["onnx/*", "openvino/*", "*.h5", "*.msgpack"]
+from model import FRAME, ColBERT, ColBERTConfig, check_weights, model_fingerprint, own_backend, prepare_texts, tokenize
 
 # Texts on which our word pieces must be those of the other library, prompts and markers included.
 PROBES = ["what is late interaction?", "A", "", "(a) b-c, 2.5", "caf\u00e9 \u65e5\u672c", "two  spaces"]
@@ -75,33 +80,16 @@ use_ib_negatives reranker distillation_alpha ignore_scores model_name index_path
 num_partitions_max clustering_mode protected_tokens ncells centroid_score_threshold ndocs load_index_with_mmap
 query_token doc_token meta model resume_optimizer accum run distributed local_rank input_arguments
 """
+# What versions of transformers put into a config.json of their own accord.
+TRANSFORMERS_KNOWN = """
+add_cross_attention bos_token_id cross_attention_hidden_size decoder_start_token_id eos_token_id finetuning_task
+is_decoder prefix pruned_heads task_specific_params tf_legacy_loss tie_encoder_decoder tie_word_embeddings
+tokenizer_class torch_dtype torchscript use_bfloat16 use_cache
+"""
 ST_KNOWN = ["model_type", "__version__", "similarity_fn_name"]
 
 
 # ------------------------------------------------------------------------------------------------ where and which
-
-
-def locate(name_or_path, revision: str | None = None, weights: bool = True) -> Path:
-    """The folder (or .dnn file) of a checkpoint; one on the hub is fetched, without `weights` its settings only.
-
-    Raises InputError where there is none.
-    """
-    if Path(name_or_path).exists():
-        if revision is not None:
-            raise InputError(f"{name_or_path}: a local checkpoint has no revisions, {revision!r} was asked for")
-        return Path(name_or_path)
-    from huggingface_hub import snapshot_download
-
-    options = {"revision": revision, "ignore_patterns": NOT_LOADED}
-    try:
-        folder = Path(snapshot_download(str(name_or_path), allow_patterns=SETTINGS_FILES, **options))
-        for patterns in (["*.safetensors", "*/*.bin"], ["*.bin"]):
-            if weights and not any(folder.glob("*.safetensors")):
-                snapshot_download(str(name_or_path), allow_patterns=patterns, **options)
-    except (OSError, ValueError) as error:  # the hub's own errors are among them
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{name_or_path}: neither a folder nor a model that the hub gives out: {reason}") from None
-    return folder
 
 
 def detect(path: Path) -> str | None:
@@ -112,11 +100,11 @@ def detect(path: Path) -> str | None:
     if path.suffix == ".dnn":
         return "v1"
     if (path / "modules.json").is_file():
-        settings = read_json(path / "config_sentence_transformers.json")
+        settings = read_settings(path / "config_sentence_transformers.json")
         if settings.get("model_type") == "MultiVectorEncoder":
             return "sentence-transformers"
         return "pylate" if settings.get("model_type") == "ColBERT" or "query_prefix" in settings else None
-    config = read_json(path / "config.json")
+    config = read_settings(path / "config.json")
     if config.get("model_type") == "colbert":
         return "nanocolbert"
     if "HF_ColBERT" in (config.get("architectures") or []):
@@ -127,6 +115,7 @@ def detect(path: Path) -> str | None:
 def layout_of(name_or_path, revision: str | None = None, weights: bool = True) -> tuple[Path, str]:
     """Where a checkpoint lies and its layout. Raises InputError where it is no ColBERT."""
     path = locate(name_or_path, revision, weights)
+    check_folder(path)
     layout = detect(path)
     if layout is None:
         raise InputError(f"{name_or_path}: an encoder, no ColBERT model: train one on it with train.py --base_model")
@@ -146,94 +135,48 @@ def texts_of(name_or_path) -> dict:
         return ColBERTConfig().texts()
     path, layout = layout_of(name_or_path)
     if layout == "nanocolbert":
-        return ColBERTConfig.from_pretrained(path).texts()
-    return ColBERTConfig(**READERS[layout](path)[0]).texts()
+        return ColBERTConfig(**own_settings(path / "config.json")).texts()
+    return ColBERTConfig(**READERS[layout](path).settings).texts()
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def load(cls, name_or_path, revision, load_own, *args, **kwargs) -> ColBERT:
-    """What ColBERT.from_pretrained does; `load_own` reads our own layout, with args and kwargs."""
-    if kwargs.get("trust_remote_code"):
-        raise InputError(f"{name_or_path}: trust_remote_code: no code of a checkpoint is run here")
+class Checkpoint(NamedTuple):
+    """What a reader finds."""
+
+    settings: dict  # fields of ColBERTConfig
+    projection: dict[str, Tensor]  # its weights, under our names
+    tokenizer: object
+    encoder: PreTrainedConfig
+    weights: dict[str, Tensor]  # of the encoder, and in other layouts of heads that nothing is made of
+
+
+def load(cls, name_or_path, revision: str | None = None) -> ColBERT:
+    """What ColBERT.from_pretrained does, on the CPU."""
     path, layout = layout_of(name_or_path, revision)
-    if layout == "nanocolbert":
-        model = load_own(path, *args, **kwargs)
-        model.tokenizer = AutoTokenizer.from_pretrained(path)
-    else:
-        if args or kwargs:
-            raise InputError(f"{name_or_path}: options {[*args, *kwargs]} are for our own layout, this is {layout}'s")
-        settings, projection, base, state = READERS[layout](path)
-        encoder = load_encoder(base, state)
-        settings |= {name: longest_input(encoder) for name in ("query_maxlen", "doc_maxlen") if settings[name] is None}
-        model = cls.on_encoder(name_or_path, encoder, load_tokenizer(base), **settings)
-        load_projection(path, model.linear, projection)
-    if path.is_dir() and (path / "meta.json").is_file():
-        model.meta = read_json(path / "meta.json")
+    meta = read_settings(path / "meta.json") if (path / "meta.json").is_file() else None
+    if meta is not None:  # of files that came along: what is not read need not be there
+        sums = {name: sums for name, sums in meta.get("files", {}).items() if not name.endswith(".md")}
+        check_sizes(path, {name: sums for name, sums in sums.items() if (path / name).exists()})
+    found = READERS[layout](path)
+    settings = found.settings
+    encoder = load_encoder(name_or_path, found.encoder, found.weights, exact=layout == "nanocolbert")
+    settings |= {name: longest_input(encoder) for name in ("query_maxlen", "doc_maxlen") if settings[name] is None}
+    model = cls.on_encoder(name_or_path, encoder, found.tokenizer, **settings)
+    load_projection(path, model.linear, found.projection)
+    check_weights(model.linear, f"{name_or_path}: projection")
+    model.meta = meta
     return model.eval()
 
 
-def load_encoder(path, state: dict[str, Tensor] | None) -> nn.Module:
-    """The encoder of a folder (or hub name), fp32, with the weights `state` where given.
-
-    Raises InputError where it cannot be loaded, or lacks weights other than those of a pooler.
-    """
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # the projection's weights are not the encoder's: no news
-    try:
-        config = AutoConfig.from_pretrained(path)
-        options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
-        if state is None:
-            encoder, report = AutoModel.from_pretrained(path, **options)
-        else:
-            encoder, report = type(AutoModel.from_config(config)).from_pretrained(None, state_dict=state, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: no encoder could be loaded: {str(error).splitlines()[0]}") from None
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
-    if missing:
-        raise InputError(f"{path}: {len(missing)} weights of the encoder are missing, {missing[0]} first")
-    return encoder
-
-
 def load_projection(path, linear: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Put weights into the projection. Raises InputError where names or shapes differ."""
+    """Put weights into the projection, as fp32. Raises InputError where names or shapes differ."""
     wanted = {name: tuple(weight.shape) for name, weight in linear.state_dict().items()}
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
     if wanted != found:
         raise InputError(f"{path}: the projection should have weights {wanted}, found {found}")
     linear.load_state_dict(weights)
-
-
-def read_json(path: Path) -> dict | list:
-    """A JSON file. Raises InputError where it is missing or broken."""
-    if not path.is_file():
-        raise InputError(f"{path}: missing: the folder holds no checkpoint of a known layout, or not all of it")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights in a folder, safetensors before pickles. Raises InputError where there are none to be read."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if not files:
-        raise InputError(f"{folder}: no weights (*.safetensors or *.bin)")
-    weights = {}
-    for file in files:
-        weights |= load_file(file) if file.suffix == ".safetensors" else read_pickle(file)
-    return weights
-
-
-def read_pickle(file: Path) -> dict:
-    """A pickle of tensors and plain values. Raises InputError where it holds anything else."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"{file}: not read: more than weights is pickled in it, or it is broken: {error}") from None
 
 
 def check_keys(where, settings: dict, used: dict, known: list[str] = ()) -> dict:
@@ -265,21 +208,115 @@ def token_id(where, tokenizer, token: str) -> int:
     return tokenizer.convert_tokens_to_ids(token)
 
 
-# Each reader gives the fields of ColBERTConfig, the weights of the projection, and the encoder: a folder or hub name,
-# and its weights where they are not in that folder.
-Checkpoint = tuple[dict, dict[str, Tensor], str | Path, dict[str, Tensor] | None]
+def is_count(value) -> bool:
+    return type(value) is int and value >= 0
+
+
+def is_size(value) -> bool:
+    return is_count(value) and value > 0
+
+
+def is_count_or_none(value) -> bool:
+    return value is None or is_count(value)
+
+
+def is_switch(value) -> bool:
+    return type(value) is bool
+
+
+def is_text(value) -> bool:
+    return type(value) is str
+
+
+def are_ids(value) -> bool:
+    return type(value) is list and all(map(is_count, value))
+
+
+def are_layers(value) -> bool:
+    """Whether these are arguments of model.Dense."""
+    sizes = {"in_features": is_size, "out_features": is_size, "bias": is_switch, "residual": is_switch}
+    kinds = {**sizes, "activation": lambda value: value in ACTIVATIONS}
+
+    def is_layer(layer) -> bool:
+        return type(layer) is dict and layer.keys() == kinds.keys() and all(kinds[key](layer[key]) for key in kinds)
+
+    return value is None or (type(value) is list and all(map(is_layer, value)))
+
+
+# What the fields of our own config.json must be: those of the first version, and those that came later.
+OWN = {
+    "encoder": lambda value: type(value) is dict,
+    **dict.fromkeys(("dim", "query_maxlen", "doc_maxlen"), is_size),
+    **dict.fromkeys(("mask_punctuation", "attend_to_mask_tokens"), is_switch),
+    **dict.fromkeys(("query_marker_id", "passage_marker_id"), is_count_or_none),
+    **dict.fromkeys(("cls_token_id", "mask_token_id", "sep_token_id", "pad_token_id"), is_count),
+    "skiplist": are_ids,
+}
+OWN_LATER = {
+    "expand_queries_to": is_count,
+    **dict.fromkeys(("query_prompt", "passage_prompt"), is_text),
+    **dict.fromkeys(("strip_texts", "normalize"), is_switch),
+    "dense": are_layers,
+}
+
+
+def own_settings(where: Path) -> dict:
+    """Fields of ColBERTConfig from our own config.json. Raises InputError on what is unknown, missing or of no sense.
+
+    What transformers writes beside them tells nothing of the vectors.
+    """
+    found, kinds = read_settings(where), OWN | OWN_LATER
+    by_transformers = {*PreTrainedConfig().to_dict(), *TRANSFORMERS_KNOWN.split()}
+    check_keys(where, found, dict.fromkeys(OWN, ...) | dict.fromkeys(OWN_LATER), by_transformers)
+    settings = {key: value for key, value in found.items() if key in kinds}
+    for key, value in settings.items():
+        if not kinds[key](value):
+            raise InputError(f"{where}: {key} {str(value)[:100]!r} cannot be honoured here")
+    config = ColBERTConfig(**settings)
+    for kind, key in (("query", "query_maxlen"), ("passage", "doc_maxlen")):
+        if config.pieces(kind) < 1:
+            raise InputError(f"{where}: {key} {settings[key]} leaves no room for a word piece")
+    return settings
+
+
+def read_own(path: Path) -> Checkpoint:
+    """Our own layout: all settings in config.json, weights under encoder. and linear."""
+    where = path / "config.json"
+    settings = own_settings(where)
+    encoder = settings.pop("encoder")
+    config = load_config(where, encoder)
+    for key in (config.attribute_map.get(key, key) for key in SIZES):
+        if key not in encoder:
+            raise InputError(
+                f"{where}: key {key!r} of the encoder is missing: add it with the value it was trained with"
+            )
+    tokenizer = load_tokenizer(path)
+    for key, value in special_token_ids(tokenizer).items():
+        if key != "mask_token_id" and value != settings[key]:
+            raise InputError(f"{where}: {key} {settings[key]}, but {value} of the tokenizer: they are not of one model")
+    parts = {"encoder": {}, "linear": {}}
+    for name, weight in read_weights(path).items():
+        part, _, rest = name.partition(".")
+        if part not in parts:
+            raise InputError(f"{path}: weight {name} is none of a ColBERT model: it is another's, or damaged")
+        parts[part][rest] = weight
+    return Checkpoint(settings, parts["linear"], tokenizer, config, parts["encoder"])
 
 
 def read_stanford(path: Path) -> Checkpoint:
     """colbert-ai: everything in one folder, the encoder's weights with a prefix (bert., roberta., model.)."""
     where = path / "artifact.metadata"
-    metadata = read_json(where)
+    metadata = read_settings(where)
     tokenizer = load_tokenizer(path)
     settings = stanford_settings(where, metadata, tokenizer)
-    weight = read_weights(path).get("linear.weight")
-    if weight is None:
+    return with_linear(path, settings, tokenizer, path, read_weights(path))
+
+
+def with_linear(path: Path, settings: dict, tokenizer, base: Path, weights: dict[str, Tensor]) -> Checkpoint:
+    """A checkpoint whose projection is among the weights of the encoder, whose config is in `base`."""
+    if "linear.weight" not in weights:
         raise InputError(f"{path}: no linear.weight among the weights")
-    return settings, {"weight": weight.float()}, path, None
+    return Checkpoint(settings, {"weight": weights.pop("linear.weight")}, tokenizer, load_config(base), weights)
 
 
 def stanford_settings(where, metadata: dict, tokenizer) -> dict:
@@ -316,14 +353,15 @@ def read_v1(path: Path) -> Checkpoint:
     if absent:
         raise InputError(f"{path}: arguments without {absent[0]!r}: v1 takes it from the command line")
     base = arguments.get("model", "bert-base-uncased")  # as colbert-ai's loader
-    settings = stanford_settings(f"{path}: arguments", arguments, load_tokenizer(base))
-    state = {name.removeprefix("module."): weight for name, weight in pickled["model_state_dict"].items()}
-    return settings, {"weight": state.pop("linear.weight").float()}, base, state
+    tokenizer = load_tokenizer(base)
+    settings = stanford_settings(f"{path}: arguments", arguments, tokenizer)
+    weights = {name.removeprefix("module."): weight for name, weight in pickled["model_state_dict"].items()}
+    return with_linear(path, settings, tokenizer, locate(base, weights=False), weights)
 
 
 def read_reference(path: Path) -> Checkpoint:
     """nanoColBERT: lengths are options of its scripts, 32 and 180; mask_buffer, saved with the weights, is not read."""
-    config = read_json(path / "config.json")
+    config = read_settings(path / "config.json")
     absent = [key for key in ("dim", "mask_punctuation") if key not in config]
     if absent:
         raise InputError(f"{path / 'config.json'}: key {absent[0]!r} is missing")
@@ -339,10 +377,9 @@ def read_reference(path: Path) -> Checkpoint:
         "skiplist": stanford_skiplist(tokenizer) if config["mask_punctuation"] else [],
     }
     check_markers(path, settings, tokenizer)
-    weight = read_weights(path).get("linear.weight")
-    if weight is None:
-        raise InputError(f"{path}: no linear.weight among the weights")
-    return settings, {"weight": weight.float()}, path, None
+    weights = read_weights(path)
+    weights.pop("mask_buffer", None)
+    return with_linear(path, settings, tokenizer, path, weights)
 
 
 def read_pylate(path: Path) -> Checkpoint:
@@ -351,7 +388,7 @@ def read_pylate(path: Path) -> Checkpoint:
     used = {"query_prefix": "[Q] ", "document_prefix": "[D] ", "query_length": 32, "document_length": 180}
     used |= {"attend_to_expansion_tokens": False, "do_query_expansion": True, "skiplist_words": None}
     used |= {"prompts": {}, "default_prompt_name": None}
-    found = check_keys(where, read_json(where), used, ST_KNOWN)
+    found = check_keys(where, read_settings(where), used, ST_KNOWN)
     found = {key: used.get(key) if value is None else value for key, value in found.items()}  # null: PyLate's default
     modules = read_modules(path, ("Transformer", "Dense"), ignored=("MultiVectorMask", "Normalize"))
     check_transformer(path, modules)
@@ -377,13 +414,14 @@ def read_pylate(path: Path) -> Checkpoint:
 
     settings |= dense_settings(path, modules, {"bias": True, "activation_function": ...})
     check_markers(path, settings, tokenizer)
-    return settings, projection_weights(path, modules, settings["dense"]), path, None
+    projection = projection_weights(path, modules, settings["dense"])
+    return Checkpoint(settings, projection, tokenizer, load_config(path), read_weights(path))
 
 
 def read_sentence_transformers(path: Path) -> Checkpoint:
     """sentence-transformers 6: prompts as text; expansion with the Transformer, skiplist with the MultiVectorMask."""
     where = path / "config_sentence_transformers.json"
-    found = check_keys(where, read_json(where), {"prompts": {}}, [*ST_KNOWN, "default_prompt_name"])
+    found = check_keys(where, read_settings(where), {"prompts": {}}, [*ST_KNOWN, "default_prompt_name"])
     modules = read_modules(path, ("Transformer", "Dense", "MultiVectorMask", "Normalize"))
     names = [name for name, _ in modules]
     if "Normalize" in names and "Dense" in names[names.index("Normalize") :]:
@@ -407,20 +445,23 @@ def read_sentence_transformers(path: Path) -> Checkpoint:
             settings["mask_token_id"] = token_id(where, tokenizer, expansion["token"])
     if settings["query_maxlen"] is not None:
         settings["query_maxlen"] = max(settings["query_maxlen"], settings["expand_queries_to"])
-    if transformer["max_seq_length"] is not None:  # what holds where a length is not given
-        tokenizer.model_max_length = transformer["max_seq_length"]
-    if tokenizer.model_max_length < 1 << 20:
-        longest = min(tokenizer.model_max_length, positions_of(path))
+    longest = transformer["max_seq_length"]  # what holds where a length is not given
+    if longest is None:
+        longest = tokenizer.model_max_length
+    if longest < 1 << 20:
+        longest = min(longest, getattr(load_config(path), "max_position_embeddings", 1 << 30))
         settings |= {key: longest for key in ("query_maxlen", "doc_maxlen") if settings[key] is None}
     settings |= mask_settings(path, modules, tokenizer)
     settings["normalize"] = "Normalize" in names
     for kind, name in (("query", "query"), ("passage", "document")):
         settings |= split_prompt(where, settings, tokenizer, kind, found["prompts"].get(name) or "")
     settings |= dense_settings(path, modules, {"bias": True, "activation_function": "torch.nn.Tanh"})
-    return settings, projection_weights(path, modules, settings["dense"]), path, None
+    projection = projection_weights(path, modules, settings["dense"])
+    return Checkpoint(settings, projection, tokenizer, load_config(path), read_weights(path))
 
 
 READERS = {
+    "nanocolbert": read_own,
     "reference": read_reference,
     "stanford": read_stanford,
     "v1": read_v1,
@@ -432,7 +473,12 @@ READERS = {
 def read_modules(path: Path, allowed: tuple[str, ...], ignored: tuple[str, ...] = ()) -> list[tuple[str, Path]]:
     """The modules of modules.json: class and folder of each. Raises InputError on one that cannot be honoured."""
     modules, where = [], path / "modules.json"
-    for entry in read_json(where):
+    entries = read_json(where)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise InputError(f"{where}: no list of modules")
+    for entry in entries:
+        if type(entry.get("type")) is not str or type(entry.get("path")) is not str:
+            raise InputError(f"{where}: a module without its type and path")
         name = entry["type"].rsplit(".", 1)[-1]
         own = entry["type"].startswith(("sentence_transformers.", "pylate."))
         if not own or name not in (*allowed, *ignored):
@@ -456,7 +502,7 @@ def check_transformer(path: Path, modules) -> dict:
     fixed |= {"tokenizer_name_or_path": None, "modality_config": None, "processing_kwargs": None}
     empty = {key: None for key in ("model_args", "model_kwargs", "tokenizer_args", "processor_kwargs")}
     empty |= {key: None for key in ("config_args", "config_kwargs")}
-    found = check_keys(where, read_json(where), {**used, **fixed, **empty}, ["unpad_inputs"])
+    found = check_keys(where, read_settings(where), {**used, **fixed, **empty}, ["unpad_inputs"])
     forward = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
     choices = {key: [None, {}] for key in ("processing_kwargs", *empty)} | {"modality_config": [None, forward]}
     must_be(where, found, **{key: [value] for key, value in fixed.items() if key not in choices}, **choices)
@@ -470,7 +516,7 @@ def dense_settings(path: Path, modules, defaults: dict) -> dict:
         where = folder / "config.json"
         used = {"in_features": ..., "out_features": ..., "use_residual": False, **defaults}
         used |= {"module_input_name": "token_embeddings", "module_output_name": None}
-        found = check_keys(where, read_json(where), used)
+        found = check_keys(where, read_settings(where), used)
         must_be(where, found, module_input_name=["token_embeddings"], module_output_name=[None, "token_embeddings"])
         activation = found["activation_function"].rsplit(".", 1)[-1]
         if not found["activation_function"].startswith("torch.nn.") or activation not in ACTIVATIONS:
@@ -486,7 +532,7 @@ def projection_weights(path: Path, modules, dense: list[dict] | None) -> dict[st
     weights = {}
     for i, folder in enumerate(folder for name, folder in modules if name == "Dense"):
         for name, weight in read_weights(folder).items():
-            weights[name.removeprefix("linear.") if dense is None else f"{i}.{name}"] = weight.float()
+            weights[name.removeprefix("linear.") if dense is None else f"{i}.{name}"] = weight
     return weights
 
 
@@ -496,7 +542,7 @@ def mask_settings(path: Path, modules, tokenizer) -> dict:
     if folder is None:
         return {"mask_punctuation": False, "skiplist": []}
     used = {"skiplist_words": [], "skiplist_tasks": ["document"], "keep_only_token_ids": None}
-    found = check_keys(folder / "config.json", read_json(folder / "config.json"), used)
+    found = check_keys(folder / "config.json", read_settings(folder / "config.json"), used)
     must_be(folder / "config.json", found, skiplist_tasks=[["document"]], keep_only_token_ids=[None])
     ids = {tokenizer.convert_tokens_to_ids(word): word for word in found["skiplist_words"] or []}
     if ids.get(tokenizer.unk_token_id) != tokenizer.unk_token:  # unknown words are passed over there
@@ -522,8 +568,8 @@ def agree(settings: dict, tokenizer, kind: str, other) -> bool:
     config = ColBERTConfig(**{**special_token_ids(tokenizer), **settings})
     head, sep = config.frame(kind)
     theirs = [list(other(kind, text)) for text in PROBES]
-    texts = prepare_texts(PROBES, kind, config.texts())
-    ours = [[*head, *tokenize(tokenizer, [text], 1000 + FRAME)[0].tolist(), sep] for text in texts]
+    texts, backend = prepare_texts(PROBES, kind, config.texts()), own_backend(tokenizer)
+    ours = [[*head, *tokenize(backend, [text], 1000 + FRAME)[0].tolist(), sep] for text in texts]
     return ours == theirs
 
 
@@ -538,11 +584,6 @@ def check_markers(where, settings: dict, tokenizer) -> None:
     for kind in ("query", "passage"):
         if not agree(settings, tokenizer, kind, with_marker):
             raise InputError(f"{where}: its tokenizer frames a {kind} in a way that cannot be honoured here")
-
-
-def positions_of(path: Path) -> int:
-    """How many positions the encoder's config names."""
-    return getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", 1 << 30)
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -564,7 +605,7 @@ def save(model: ColBERT, path, layout: str) -> None:
 
 def name_as_before(path: Path) -> None:
     """Rewrite a tokenizer_config.json of transformers 5 with the names that transformers 4 knows, and 5 reads too."""
-    settings = read_json(path)
+    settings = read_settings(path)
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(settings.get("extra_special_tokens"), list):
@@ -604,7 +645,7 @@ def without_prompts(model: ColBERT) -> bool:
 
     def plain(kind: str, text: str) -> list[int]:
         head, sep = config.frame(kind)
-        return [*head, *tokenize(tokenizer, [text], 1000 + FRAME)[0].tolist(), sep]
+        return [*head, *tokenize(model.backend, [text], 1000 + FRAME)[0].tolist(), sep]
 
     settings = {**config.to_dict(), "strip_texts": False}
     return all(agree(settings, tokenizer, kind, plain) for kind in ("query", "passage"))
@@ -829,13 +870,21 @@ def push(model: ColBERT, repo_id: str, layout: str, **kwargs) -> str:
 
 
 def main(args):
+    started = time.time()
     transformers.utils.logging.disable_progress_bar()
-    model = ColBERT.from_pretrained(args.model, revision=args.revision)
+    check_output_dir(args.output_dir, "model", args.model)
+    if args.verify:
+        verify(args.model)
+    model = ColBERT.from_pretrained(args.model, revision=args.revision, device="cpu")
     with publish(args.output_dir) as folder:
         model.save_pretrained(folder, layout=args.layout)
         write_card(folder, args.layout, model, args.output_dir.name)
-        if model.meta is not None:
-            write_json(folder / "meta.json", model.meta)
+        facts = {"layout": args.layout, "converted_from": args.model}
+        if model.meta is None:
+            write_meta(folder, "model", model_fingerprint(folder), started, args, **facts)
+        else:  # what is known of its training stays
+            meta = {**model.meta, "kind": "model", **facts, "files": sums_of(folder)}
+            write_json(folder / "meta.json", meta, summed=True)
     return {"output_dir": str(args.output_dir), "layout": args.layout, "dim": model.config.dim}
 
 

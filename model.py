@@ -12,6 +12,8 @@ Everything that frames, encodes or scores text is here, once: training, embeddin
 
 import json
 import string
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,21 +21,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-import attention
-from artifact import fingerprint
+from artifact import fingerprint, share
 from attention import Packed, compute_dtype, encode_packed, pack, packable
 from cli import InputError
 from compute import by_threads, default_device, fast_dtype, map_alone
+from encoders import (
+    check_vocabulary,
+    check_weights,
+    drop_pooler,
+    load_config,
+    load_encoder,
+    load_tokenizer,
+    locate,
+    longest_input,
+    own_attention,
+    read_weights,
+    set_dropout,
+    special_token_ids,
+)
 from maxsim import maxsim_packed
 from ragged import neighbours, ranges
-from text import FRAME, MARKERS, prepare_texts, tokenize
+from text import FRAME, MARKERS, own_backend, prepare_texts, tokenize
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 131072}  # embedded at a time; a small batch stays in the cache
 TEXTS_PER_CHUNK = 1024  # texts tokenised at a time: what the tokenizer gives back takes hundreds of bytes a token
 SCORE_QUERIES, SCORE_TOKENS = 16, {"cpu": 4096, "cuda": 1 << 20}  # scored at a time, as retrieve.py does
 PROGRESS_AFTER = 5  # seconds after which a bar appears by itself
+MODES = threading.Lock()  # held while a model's modules change between training and not
+NEAR_UNIT = 0.01  # an embedding's length may differ so much from 1: of zeros, as a damaged projection gives, it is 0
+
+
+class EmbeddingError(InputError):
+    """An embedding that is not to be used; `passage` counts the texts of the call from 0."""
+
+    def __init__(self, message: str, passage: int):
+        super().__init__(message)
+        self.passage = passage
 
 
 class ColBERTConfig(PreTrainedConfig):
@@ -115,17 +140,6 @@ AutoConfig.register("colbert", ColBERTConfig)  # so that a tokenizer loads from 
 # ---------------------------------------------------------------------------------------------------- text to tokens
 
 
-def load_tokenizer(name_or_path):
-    """The fast tokenizer of a model. Raises InputError where there is none."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name_or_path}: no tokenizer could be loaded: {str(error).splitlines()[0]}") from None
-    if not tokenizer.is_fast or tokenizer.mask_token_id is None:
-        raise InputError(f"{name_or_path}: its tokenizer is not a fast one with a mask token: give a masked encoder")
-    return tokenizer
-
-
 def tokenizer_fingerprint(tokenizer) -> str:
     """Fingerprint of what turns text into word pieces; the same before and after [Q] and [D] are added."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -175,17 +189,23 @@ class ColBERT(PreTrainedModel):
     base_model_prefix = "colbert"
     _supports_sdpa = True
 
-    def __init__(self, config: ColBERTConfig, tokenizer=None):
+    def __init__(self, config: ColBERTConfig, tokenizer=None, encoder: nn.Module | None = None):
+        """A model with a new projection, around an encoder, or a new one of `config.encoder`."""
         super().__init__(config)
-        encoder_config = AutoConfig.for_model(**config.encoder)
-        self.encoder = AutoModel.from_config(encoder_config, attn_implementation=attention.NAME)
-        drop_pooler(self.encoder)
+        if encoder is None:
+            encoder = AutoModel.from_config(AutoConfig.for_model(**config.encoder))
+            drop_pooler(encoder)
+        for module in encoder.modules():
+            module._is_hf_initialized = True  # else post_init would draw its weights again
+        own_attention(encoder)
+        self.encoder = encoder
         if config.dense is None:
-            self.linear = nn.Linear(encoder_config.hidden_size, config.dim, bias=False)
+            self.linear = nn.Linear(encoder.config.hidden_size, config.dim, bias=False)
         else:
             self.linear = nn.Sequential(*(Dense(**layer) for layer in config.dense))
         self.tokenizer = tokenizer
         self.meta = None  # what meta.json says of the training, where the model came with one
+        self._encoding, self._in_training = 0, []  # see `without_dropout`
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -201,15 +221,13 @@ class ColBERT(PreTrainedModel):
         """A new ColBERT on a Hugging Face encoder: adds [Q] and [D] (they begin as the mean embedding) and `linear`.
 
         dropout, attention_dropout: replace the encoder's rates, unless None. settings: fields of ColBERTConfig.
-        Raises InputError where the encoder or its tokenizer cannot be loaded.
+        Raises InputError where the encoder or its tokenizer cannot be loaded, or not used.
         """
-        tokenizer = load_tokenizer(base_model)
-        try:
-            encoder_config = AutoConfig.from_pretrained(base_model)
-            set_dropout(encoder_config, dropout, attention_dropout)
-            encoder = AutoModel.from_pretrained(base_model, config=encoder_config, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{base_model}: no encoder could be loaded: {str(error).splitlines()[0]}") from None
+        folder = locate(base_model)
+        tokenizer, encoder_config = load_tokenizer(folder), load_config(folder)
+        set_dropout(encoder_config, dropout, attention_dropout)
+        encoder = load_encoder(base_model, encoder_config, read_weights(folder))
+        check_vocabulary(base_model, tokenizer, encoder)
         tokenizer.add_special_tokens({"additional_special_tokens": list(MARKERS.values())})
         table = encoder.get_input_embeddings().weight
         mean = table.detach()[: len(tokenizer) - len(MARKERS)].mean(0)
@@ -224,36 +242,43 @@ class ColBERT(PreTrainedModel):
     def on_encoder(cls, name, encoder: nn.Module, tokenizer, **settings) -> "ColBERT":
         """A ColBERT around an encoder in memory, its projection new; `name` is for messages.
 
-        settings: fields of ColBERTConfig. Raises InputError where they ask for more tokens than the encoder takes.
+        settings: fields of ColBERTConfig. Raises InputError where they ask for more tokens than the encoder takes,
+        where encoder and tokenizer are not of one model, and where weights are not finite.
         """
+        check_vocabulary(name, tokenizer, encoder)
         config = ColBERTConfig(encoder=encoder.config.to_dict(), **{**special_token_ids(tokenizer), **settings})
         longest, asked = longest_input(encoder), max(config.query_maxlen, config.doc_maxlen)
         if asked > longest:
             raise InputError(f"{name}: takes {longest} tokens, {asked} were asked for")
-        model = cls(config, tokenizer)
-        drop_pooler(encoder)
-        encoder.set_attn_implementation(attention.NAME)
-        model.encoder = encoder
-        return model
+        check_weights(encoder, name)
+        return cls(config, tokenizer, encoder)
 
     @classmethod
-    def from_pretrained(cls, name_or_path, *args, revision: str | None = None, device=None, **kwargs) -> "ColBERT":
-        """Load weights, settings and tokenizer of a checkpoint of any layout (see layouts.py), in eval mode.
+    def from_pretrained(cls, name_or_path, revision: str | None = None, device=None, **others) -> "ColBERT":
+        """Load weights, settings and tokenizer of a checkpoint of any layout (see layouts.py), fp32, in eval mode.
 
         name_or_path: a folder, v1's .dnn file, or a name on the hub, of which `revision` picks a version. device: where
-        to; by default the GPU if there is one. args and kwargs go to Hugging Face, for a folder of our own layout.
-        Raises InputError where the checkpoint cannot be honoured to the letter.
+        to; by default the GPU if there is one.
+        Raises InputError where the checkpoint cannot be honoured to the letter, and for Hugging Face's other options.
         """
         import layouts  # here, because it reads this module
 
-        model = layouts.load(cls, name_or_path, revision, super().from_pretrained, *args, **kwargs)
-        return model if "device_map" in kwargs else model.to(device or default_device())
+        if others.pop("trust_remote_code", False):
+            raise InputError(f"{name_or_path}: trust_remote_code: no code of a checkpoint is run here")
+        if others:
+            raise InputError(f"{name_or_path}: {min(others)} is no option here: give revision and device at most")
+        return layouts.load(cls, name_or_path, revision).to(device or default_device())
 
     def save_pretrained(self, path, *args, layout: str = "nanocolbert", **kwargs) -> None:
         """Write weights, settings and tokenizer into one folder, for the library that `layout` names.
 
-        layout: one of layouts.LAYOUTS. Raises InputError where that layout cannot say what this model does.
+        layout: one of layouts.LAYOUTS. A meta.json that is there goes: it tells of other weights.
+        Raises InputError where that layout cannot say what this model does, and where a weight is not finite.
         """
+        check_weights(self, path)
+        if Path(path).is_file():
+            raise InputError(f"{path}: a file, not a folder: give another")
+        (Path(path) / "meta.json").unlink(missing_ok=True)
         if layout == "nanocolbert":
             super().save_pretrained(path, *args, **kwargs)
             self.tokenizer.save_pretrained(path)
@@ -261,12 +286,41 @@ class ColBERT(PreTrainedModel):
             import layouts
 
             layouts.save(self, path, layout)
+        share(path)
 
     def push_to_hub(self, repo_id: str, layout: str = "nanocolbert", **kwargs) -> str:
         """Upload the model and its card to the hub; kwargs of HfApi.create_repo. Returns the repository's address."""
         import layouts
 
         return layouts.push(self, repo_id, layout, **kwargs)
+
+    @property
+    def tokenizer(self):
+        """The tokenizer of transformers, whose state we leave alone, as others may set it; set it again if changed."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer) -> None:
+        self._tokenizer, self.backend = tokenizer, None if tokenizer is None else own_backend(tokenizer)
+
+    @contextmanager
+    def without_dropout(self):
+        """No module is in training mode until the block ends, of any thread's; then those are that were."""
+        with MODES:
+            self._encoding += 1
+            training = [module for module in self.modules() if module.training]
+            self._in_training += training
+            for module in training:
+                module.training = False
+        try:
+            yield
+        finally:
+            with MODES:
+                self._encoding -= 1
+                if not self._encoding:
+                    for module in self._in_training:
+                        module.training = True
+                    self._in_training = []
 
     # ------------------------------------------------------------------------------------------- tokens to embeddings
 
@@ -292,9 +346,7 @@ class ColBERT(PreTrainedModel):
 
     def tokenize(self, texts: list[str], kind: str) -> tuple[np.ndarray, np.ndarray]:
         """Word-piece ids (T,) int32 and lengths (n,) of queries or passages, as `frame_queries` or `_passages` want."""
-        return tokenize(
-            self.tokenizer, prepare_texts(texts, kind, self.config.texts()), self.config.pieces(kind) + FRAME
-        )
+        return tokenize(self.backend, prepare_texts(texts, kind, self.config.texts()), self.config.pieces(kind) + FRAME)
 
     def embed(self, texts: tuple[Tensor, Tensor] | Packed) -> Tensor:
         """Unit token embeddings, fp32: (B, L, D) of framed texts, or (T, D) of packed ones."""
@@ -316,13 +368,39 @@ class ColBERT(PreTrainedModel):
         return scored
 
     def embed_queries(self, texts: tuple[Tensor, Tensor]) -> Tensor:
-        """Embeddings (B, Lq, D) of framed queries, on the host; rows of zeros where nothing scores: they add 0."""
+        """Embeddings (B, Lq, D) of framed queries, on the host; rows of zeros where nothing scores: they add 0.
+
+        Raises EmbeddingError, as `embed_passages`, of the query.
+        """
         (ids, mask), scored = texts, self.scored(texts[1])
-        if self.device.type == "cpu" and self.packs():
-            embeddings = torch.zeros(*ids.shape, self.config.dim)  # (B, Lq, D)
-            embeddings[scored] = self.embed(pack((ids, mask, scored)))  # (T, D)
-            return embeddings
-        return self.embed(to_device(texts, self.device)).cpu() * scored[..., None]
+        with self.without_dropout():
+            if self.device.type == "cpu" and self.packs():
+                embeddings = torch.zeros(*ids.shape, self.config.dim)  # (B, Lq, D)
+                embeddings[scored] = self.embed(pack((ids, mask, scored)))  # (T, D)
+            else:
+                embeddings = self.embed(to_device(texts, self.device)).cpu() * scored[..., None]
+        if not bool(self.are_sound(embeddings[scored])):
+            self.name_unsound(embeddings[scored], scored.sum(1).numpy())
+        return embeddings
+
+    def are_sound(self, embeddings: Tensor) -> Tensor:
+        """Whether embeddings (T, D) are all finite, and of unit length where they should be: a scalar on their device.
+
+        What cannot be in fp16, if it is that, is infinite.
+        """
+        if self.config.normalize:
+            lengths = torch.linalg.vector_norm(embeddings, dim=-1, dtype=torch.float32)  # (T,)
+            return ((lengths - 1).abs() < NEAR_UNIT).all()
+        return embeddings.isfinite().all()
+
+    def name_unsound(self, embeddings: Tensor, counts: np.ndarray) -> None:
+        """Raise EmbeddingError for the first text whose embeddings are not `are_sound`: (T, D) in all, counts (N,)."""
+        for passage, part in enumerate(embeddings.split(counts.tolist())):
+            if not self.are_sound(part):
+                what = "not finite" if not part.isfinite().all() else "not of unit length"
+                raise EmbeddingError(
+                    f"an embedding is {what}: the model's weights are damaged, or too large for {part.dtype}", passage
+                )
 
     def kept(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Which passage tokens are stored and scored (B, L): the real ones that are no punctuation."""
@@ -354,12 +432,13 @@ class ColBERT(PreTrainedModel):
             return hidden.T @ hidden
 
         batches = length_batches(lengths + FRAME, self.tokens_per_batch(int((lengths + FRAME).sum())))
-        moments = sum(map_alone(moments, batches, device=self.device))
+        with self.without_dropout():
+            moments = sum(map_alone(moments, batches, device=self.device))
         self.linear.weight.copy_(torch.linalg.eigh(moments).eigenvectors[:, -self.config.dim :].T)
 
     def kept_counts(self, values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """How many embeddings each passage will have (N,) int64, from its word pieces: values (T,), lengths (N,)."""
-        keep = np.ones(len(self.tokenizer), np.int64)
+        keep = np.ones(len(self.encoder.get_input_embeddings().weight), np.int64)
         if self.config.mask_punctuation:
             keep[self.config.skiplist] = 0
         before = np.concatenate([[0], np.cumsum(keep[values])])  # (T + 1,) kept tokens before each token
@@ -389,6 +468,16 @@ class ColBERT(PreTrainedModel):
                     f"run tsv2mmap.py with --{setting} {wanted}"
                 )
 
+    def check_tokenizer(self, where, meta: dict) -> None:
+        """Raise InputError unless this model's tokenizer made what lies at `where` (which may not say) of this meta."""
+        if meta.get("tokenizer_fingerprint", tokenizer_fingerprint(self.tokenizer)) != tokenizer_fingerprint(
+            self.tokenizer
+        ):
+            raise InputError(
+                f"{where}: made with another tokenizer than the model now has: restore the model's tokenizer.json, or "
+                "make it again"
+            )
+
     def forward(self, batches: list, scored: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Embed a training batch: queries first, then passages, as framed batches or packed.
 
@@ -414,8 +503,13 @@ class ColBERT(PreTrainedModel):
 
         values (T,), lengths (N,). Returns embeddings (T', D) fp16 of the kept tokens in the order given, their
         number for each passage (N,) int64, and the share of positions that were padding. fp32: compute and return that.
-        done(n) is called whenever n passages have been embedded.
+        done(n) is called whenever n passages have been embedded. There is no dropout, whatever mode the model is in.
+        Raises EmbeddingError where an embedding is not finite, or not of unit length though it should be.
         """
+        with self.without_dropout():
+            return self._embed_passages(values, lengths, tokens_per_batch, fp32, done)
+
+    def _embed_passages(self, values, lengths, tokens_per_batch: int | None, fp32: bool, done):
         dtype = torch.float32 if fp32 else torch.float16
         with self.autocast(fp32):
             packed = self.packs()
@@ -426,7 +520,7 @@ class ColBERT(PreTrainedModel):
         embeddings = torch.empty((int(counts.sum()), self.config.dim), dtype=dtype, pin_memory=on_gpu)
 
         @torch.inference_mode()
-        def embed_batch(rows) -> int:  # how many positions it took
+        def embed_batch(rows) -> tuple[int, Tensor]:  # how many positions it took; whether all is well
             texts = ids, mask = self.frame_passages(values[ranges(starts[rows], lengths[rows])], lengths[rows])
             kept = self.kept(ids, mask)  # (B, Ld)
             assert np.array_equal(kept.sum(1).numpy(), counts[rows]), "kept tokens differ from what was counted"
@@ -436,20 +530,24 @@ class ColBERT(PreTrainedModel):
                 output = self.embed(to_device(texts, self.device)).view(-1, self.config.dim)
             here = kept.view(-1).nonzero()[:, 0]
             output = output.index_select(0, to_device(here, self.device)).to(dtype)
+            is_sound = self.are_sound(output)  # left on the device: the host does not wait for it
             if on_gpu and packed:  # in their order: copied while the host goes on
                 embeddings[first[rows.start] :][: len(output)].copy_(output, non_blocking=True)
             else:
                 embeddings[torch.from_numpy(ranges(first[rows], counts[rows]))] = output.cpu()
-            return kept.numel()
+            return kept.numel(), is_sound
 
         batches = (neighbours if on_gpu and packed else length_batches)(lengths + framing, budget)
-        positions = 0
-        for rows, n in zip(batches, map_alone(embed_batch, batches, device=self.device), strict=True):
+        positions, sound = 0, []
+        for rows, (n, is_sound) in zip(batches, map_alone(embed_batch, batches, device=self.device), strict=True):
             positions += n
+            sound.append(is_sound)
             if done:
                 done(len(counts[rows]))
         if on_gpu:
             torch.cuda.current_stream().synchronize()
+        if sound and not torch.stack(sound).all():
+            self.name_unsound(embeddings, counts)
         real = np.minimum(lengths + framing, self.config.doc_maxlen).sum()
         return embeddings.numpy(), counts, 1 - real / max(1, positions)
 
@@ -477,7 +575,7 @@ class ColBERT(PreTrainedModel):
 
         fp32: also compute in it, not in the device's fast type. progress: show a bar; by default once it has taken
         5 seconds. return_tokens: return (embeddings, the token strings of each query).
-        Raises InputError where `texts` is not a list of texts.
+        Raises InputError where `texts` is not a list of texts, EmbeddingError where an embedding is not to be used.
         """
         texts = check_texts(texts)
         width = max(self.config.query_maxlen, self.config.expand_queries_to)
@@ -486,7 +584,7 @@ class ColBERT(PreTrainedModel):
         with progress_bar(len(texts), " queries", progress) as bar:
             for start in range(0, len(texts), size):
                 ids, mask = self.frame_queries(*self.tokenize(texts[start : start + size], "query"))
-                with torch.inference_mode(), self.autocast(fp32):
+                with torch.inference_mode(), self.autocast(fp32), named("query", range(start, start + size)):
                     part = self.embed_queries((ids, mask))  # (B, <= Lq, D)
                 embeddings[start : start + size, : part.shape[1]] = part
                 if return_tokens:
@@ -511,7 +609,7 @@ class ColBERT(PreTrainedModel):
         fp32: compute and return that. progress, return_tokens: as of `encode_queries`. ragged: return the one buffer
         that the tensors are parts of, values (T, D), and offsets (N + 1,): passage i is
         values[offsets[i] : offsets[i + 1]]. Memory holds the result once, and a few batches beside it.
-        Raises InputError where `texts` is not a list of texts.
+        Raises as `encode_queries`.
         """
         texts = check_texts(texts)
         chunks = [texts[start : start + TEXTS_PER_CHUNK] for start in range(0, len(texts), TEXTS_PER_CHUNK)]
@@ -522,7 +620,8 @@ class ColBERT(PreTrainedModel):
         embeddings = np.empty((counts.sum(), self.config.dim), np.float32 if fp32 else np.float16)  # (T, D)
         with progress_bar(len(texts), " passages", progress) as bar:
             for rows in length_batches(lengths + 1, 4 * TOKENS_PER_BATCH.get(self.device.type, 32768)):
-                part = self.embed_passages(values[ranges(starts[rows], lengths[rows])], lengths[rows], fp32=fp32)
+                with named("passage", rows):
+                    part = self.embed_passages(values[ranges(starts[rows], lengths[rows])], lengths[rows], fp32=fp32)
                 assert np.array_equal(part[1], counts[rows]), "kept tokens differ from what was counted"
                 embeddings[ranges(first[rows], counts[rows])] = part[0]
                 bar.update(len(rows))
@@ -542,7 +641,10 @@ class ColBERT(PreTrainedModel):
         return tokens
 
     def score(self, queries, passages) -> Tensor:
-        """MaxSim (B, N), fp32, of queries (texts or embeddings) with passages (texts, embeddings or a ragged pair)."""
+        """MaxSim (B, N), fp32, of queries (texts or embeddings) with passages (texts, embeddings or a ragged pair).
+
+        Raises InputError where a passage has no embeddings, and as `encode_queries`.
+        """
         if not isinstance(queries, Tensor):
             queries = self.encode_queries(queries)
         if isinstance(passages, tuple) and len(passages) == 2 and getattr(passages[1], "ndim", 0) == 1:
@@ -550,6 +652,8 @@ class ColBERT(PreTrainedModel):
         elif not len(passages) or isinstance(passages[0], str):
             passages = self.encode_passages(passages)
         lengths = np.array([len(passage) for passage in passages], np.int64)  # (N,)
+        if not lengths.all():
+            raise InputError(f"passage {lengths.argmin()} has no embeddings (0, D): leave it out")
         scores = torch.empty(len(queries), len(passages))  # (B, N)
         for rows in neighbours(lengths, SCORE_TOKENS.get(self.device.type, 4096)):
             block = torch.cat(list(passages[rows])).to(self.device, torch.float32)  # (T, D)
@@ -568,6 +672,16 @@ class ColBERT(PreTrainedModel):
         scores = self.score([query] if isinstance(query, str) else query[None], passages)[0]
         best, positions = scores.sort(descending=True, stable=True)
         return list(zip(positions[:k].tolist(), best[:k].tolist(), strict=True))
+
+
+@contextmanager
+def named(what: str, rows):
+    """Say which text of all an EmbeddingError is about: the call was of `rows`."""
+    try:
+        yield
+    except EmbeddingError as error:
+        row = int(rows[error.passage])
+        raise EmbeddingError(f"{what} {row}: {error}", row) from None
 
 
 def check_texts(texts) -> list[str]:
@@ -621,44 +735,6 @@ def to_device(batch, device):
         parts = [to_device(value, device) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch
-
-
-def drop_pooler(encoder: nn.Module) -> None:
-    """Token embeddings need no pooler; left in place, its weights would get no gradient."""
-    if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None
-
-
-def set_dropout(config, dropout: float | None, attention_dropout: float | None) -> None:
-    """Set the dropout rates of an encoder's config, those of the attention weights apart; None leaves them."""
-    for key, value in list(vars(config).items()):
-        rate = attention_dropout if "attention" in key else dropout
-        if rate is not None and "dropout" in key and isinstance(value, float | int):
-            setattr(config, key, rate)
-
-
-def special_token_ids(tokenizer) -> dict[str, int]:
-    """Ids of the tokens that frame and fill a text, as fields of ColBERTConfig."""
-    return {
-        "cls_token_id": first_of(tokenizer.cls_token_id, tokenizer.bos_token_id),
-        "sep_token_id": first_of(tokenizer.sep_token_id, tokenizer.eos_token_id),
-        "mask_token_id": tokenizer.mask_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
-def longest_input(encoder: nn.Module) -> int:
-    """How many tokens an encoder takes."""
-    longest = getattr(encoder.config, "max_position_embeddings", 1 << 30)
-    positions = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
-    if getattr(positions, "padding_idx", None) is not None:  # RoBERTa counts positions from there
-        longest -= positions.padding_idx + 1
-    return longest
-
-
-def first_of(*values):
-    """The first value that is not None."""
-    return next(value for value in values if value is not None)
 
 
 def model_fingerprint(path) -> str:

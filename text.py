@@ -1,6 +1,7 @@
 """Text to word pieces: one way for all stages, and quick to import, for the processes that do nothing else."""
 
 import numpy as np
+from tokenizers import Tokenizer
 
 MARKERS = {"query": "[Q]", "passage": "[D]"}  # tokens of their own, after [CLS] (paper, section 3.2)
 FRAME = 3  # [CLS], the marker and [SEP] around the word pieces
@@ -13,17 +14,31 @@ def prepare_texts(texts: list[str], kind: str, settings: dict) -> list[str]:
     return [text.strip() for text in texts] if settings["strip"] else texts
 
 
+def own_backend(tokenizer) -> Tokenizer:
+    """A copy that nobody else sets: it neither pads nor cuts, and knows no special token when it sees one in a text.
+
+    tokenizer: of transformers, of the tokenizers library that it is built on, or the latter's JSON.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    copy = Tokenizer.from_str(backend if isinstance(backend, str) else backend.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    copy.encode_special_tokens = True
+    return copy
+
+
 def tokenize(tokenizer, texts: list[str], maxlen: int) -> tuple[np.ndarray, np.ndarray]:
     """Word-piece ids (T,) int32 of the texts one after the other and their lengths (n,), cut to `maxlen` less FRAME.
 
-    tokenizer: of transformers, or the one of the tokenizers library that it is built on.
+    tokenizer: what `own_backend` gave; of any other a copy is made for this call. It is left as it is, so threads may
+    share it.
 
     No special tokens are added, and none is recognised in the text: "[MASK]" in a passage is three word pieces.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    backend.encode_special_tokens = True
-    backend.no_padding()
-    backend.enable_truncation(maxlen - FRAME)
-    ids = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    is_own = isinstance(tokenizer, Tokenizer) and tokenizer.encode_special_tokens
+    if not is_own or tokenizer.truncation is not None or tokenizer.padding is not None:
+        tokenizer = own_backend(tokenizer)
+    n = maxlen - FRAME
+    ids = [encoding.ids[:n] for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     return np.fromiter((i for row in ids for i in row), np.int32, lengths.sum()), lengths

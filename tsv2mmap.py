@@ -37,12 +37,11 @@ if __name__ == "__main__":  # before the imports that take a second
     catch_signals()
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from artifact import check_file, check_output_dir, fingerprint, publish, seen_from, write_meta
 from progress import progress
 from ragged import Ids, IdWriter, NpyWriter, RaggedWriter
-from text import prepare_texts, tokenize
+from text import own_backend, prepare_texts, tokenize
 from tsv import batched, open_bytes, read_id_text, read_rows
 
 CHUNK = 2000  # texts handed to a worker at a time
@@ -107,7 +106,7 @@ def start_worker(tokenizer: str, maxlen: dict[str, int], texts: dict, dtype: str
     if parent is not None:
         threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenize_chunk.tokenizer, tokenize_chunk.maxlen, tokenize_chunk.dtype = Tokenizer.from_str(tokenizer), maxlen, dtype
+    tokenize_chunk.tokenizer, tokenize_chunk.maxlen, tokenize_chunk.dtype = own_backend(tokenizer), maxlen, dtype
     tokenize_chunk.texts = texts
 
 

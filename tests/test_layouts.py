@@ -19,6 +19,7 @@ import attention
 import layouts
 import model as model_module
 from cli import InputError
+from encoders import SETTINGS_FILES
 from maxsim import maxsim
 from model import ColBERT, load_tokenizer, model_fingerprint
 
@@ -309,7 +310,7 @@ def test_folders_that_are_refused(encoder_dir, colbert, tmp_path):
         ColBERT.from_pretrained("nobody/nothing")
     with pytest.raises(InputError, match="no code of a checkpoint is run here"):
         ColBERT.from_pretrained(GOLDEN / PYLATE, trust_remote_code=True)
-    with pytest.raises(InputError, match="are for our own layout"):
+    with pytest.raises(InputError, match="subfolder is no option here"):
         ColBERT.from_pretrained(GOLDEN / PYLATE, subfolder="x")
     with pytest.raises(InputError, match="layout 'colbert': not one of nanocolbert, stanford"):
         colbert.save_pretrained(tmp_path, layout="colbert")
@@ -337,7 +338,7 @@ def test_names_on_the_hub(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     model = ColBERT.from_pretrained("some/model", revision="v2")
     assert largest_difference(vectors(model), dict(np.load(GOLDEN / PYLATE / "as-saved.npz"))) < 1e-5
-    assert calls == [("some/model", "v2", layouts.SETTINGS_FILES)]  # the weights were there already
+    assert calls == [("some/model", "v2", SETTINGS_FILES)]  # the weights were there already
 
 
 def test_push_to_hub(colbert, monkeypatch):
