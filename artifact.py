@@ -156,17 +156,16 @@ def publish(output_dir) -> Iterator[Path]:
         remove(retired)
         for left in partial.iterdir():
             remove(left)
-        try:
-            with naming(output_dir):
-                yield partial
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        with naming(output_dir):
+            yield partial
         if output_dir.exists():
             output_dir.rename(retired)
         partial.rename(output_dir)
-        remove(retired)
     finally:
+        if not output_dir.exists() and retired.exists():  # a signal between the two
+            retired.rename(output_dir)
+        for left in (partial, retired):
+            shutil.rmtree(left, ignore_errors=True)
         os.close(descriptor)
 
 
@@ -181,24 +180,27 @@ def replacing(path) -> Iterator:
         with open(path, "wb") as file:
             yield file
         return
-    partial = beside(path, ".partial")
-    while True:
-        descriptor = lock(partial, path, os.O_RDWR | os.O_CREAT)
-        if os.fstat(descriptor).st_nlink == 1 and is_at(descriptor, partial):
-            break
-        if os.fstat(descriptor).st_nlink > 1:  # planted: another file's name
-            partial.unlink(missing_ok=True)
-        os.close(descriptor)
-    with open(descriptor, "wb") as file:
-        try:
+    partial, descriptor = beside(path, ".partial"), None
+    try:
+        while True:
+            descriptor = lock(partial, path, os.O_RDWR | os.O_CREAT)
+            if os.fstat(descriptor).st_nlink == 1 and is_at(descriptor, partial):
+                break
+            if os.fstat(descriptor).st_nlink > 1:  # planted: another file's name
+                partial.unlink(missing_ok=True)
+            os.close(descriptor)
+            descriptor = None
+        with naming(path), open(descriptor, "wb", closefd=False) as file:
             file.truncate()
-            with naming(path):
-                yield file
-                file.flush()
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+            yield file
+        os.replace(partial, path)
+    except BaseException:
+        if descriptor is not None and is_at(descriptor, partial):
+            partial.unlink()
+        raise
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
