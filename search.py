@@ -266,12 +266,16 @@ class CompressedIndex:
         query, tables = self._prepare(query)
         if by_codes:
             return top(rows, self._scores(rows, tables, fine=True), k)
+        self.check_vectors()
+        return top(rows, self._exact(query, rows), k)
+
+    def check_vectors(self) -> None:
+        """Raise InputError unless passages can be scored exactly."""
         if not self.keeps_vectors:
             raise InputError(
                 f"{self.folder}: keeps no vectors, by which passages are scored exactly: build it with "
                 "--keep_vectors, or give the embeddings folder; or say --by_codes (by_codes=True)"
             )
-        return top(rows, self._exact(query, rows), k)
 
     def _prepare(self, query: Tensor) -> tuple[Tensor, list[Tables]]:
         query = query[query.any(1)]  # rows of zeros pad a query: they score 0 everywhere
