@@ -281,8 +281,10 @@ def span(data) -> list:
     return [len(data), zlib.crc32(data)]
 
 
-def sums_of(folder, known: dict[str, Spans] | None = None) -> dict[str, Spans]:
+def sums_of(folder, known: dict[str, Spans] | None = None, also=()) -> dict[str, Spans]:
     """{path: spans} of every file of a folder but its meta.json; `known`: those that need not be read for it.
+
+    also: files and folders in it that are left out.
 
     Files that only their owner may read become readable to whom the umask allows.
     """
@@ -290,7 +292,7 @@ def sums_of(folder, known: dict[str, Spans] | None = None) -> dict[str, Spans]:
     share(folder)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != "meta.json":
+        if path.is_file() and name != "meta.json" and name.split("/")[0] not in also:
             sums[name] = known[name] if name in known else [sum_of(path)]
     return sums
 
@@ -399,12 +401,13 @@ def plain_args(args) -> dict:
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
 
 
-def write_meta(folder, *args, known: dict[str, Spans] | None = None, **facts) -> dict:
+def write_meta(folder, *args, known: dict[str, Spans] | None = None, also=(), **facts) -> dict:
     """Write `make_meta(*args, **facts)` and the checksums of all files as the folder's `meta.json`, and return it.
 
-    known: checksums that need not be computed again.
+    known: checksums that need not be computed again; also: what is a part of the folder, but changes.
     """
-    meta = {**make_meta(*args, **facts), "files": sums_of(folder, known)}
+    facts |= {"also": list(also)} if also else {}
+    meta = {**make_meta(*args, **facts), "files": sums_of(folder, known, also)}
     write_json(Path(folder) / "meta.json", meta, summed=True)
     return meta
 

@@ -18,7 +18,9 @@ import math
 import time
 from pathlib import Path
 
-from knobs import BITS
+import cli
+from cli import InputError, positive, run_stage, seed
+from knobs import BITS, LONGEST
 
 
 def parse_args():
@@ -35,33 +37,75 @@ def parse_args():
         default=False,
         help="codes: link the fp16 embeddings, for an exact last step",
     )
-    parser.add_argument("--nlist", type=int, help="inverted lists (default: the power of two near 4 sqrt(embeddings))")
-    parser.add_argument("--m", type=int, help="ivfpq: bytes of an embedding's code (default 16)")
-    parser.add_argument("--nbits", type=int, help="ivfpq: bits of a sub-quantiser (default 8, fewer if tiny)")
-    parser.add_argument("--sample", type=int, help="embeddings to train on (default: 40 a centroid)")
-    parser.add_argument("--seed", type=int, default=12345, help="of the sample and of k-means")
     parser.add_argument(
-        "--gpu", action=argparse.BooleanOptionalAction, default=True, help="train on GPUs where there are any"
+        "--nlist", type=positive, help="inverted lists (default: the power of two near 4 sqrt(embeddings))"
     )
+    parser.add_argument("--m", type=positive, help="ivfpq: bytes of an embedding's code (default 16)")
+    parser.add_argument("--nbits", type=positive, help="ivfpq: bits of a sub-quantiser (default 8, fewer if tiny)")
+    parser.add_argument("--sample", type=positive, help="embeddings to train on (default: 40 a centroid)")
+    parser.add_argument("--seed", type=seed, default=12345, help="of the sample and of k-means")
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--verify", action=switch, default=False, help="check the checksums of what is read first")
+    parser.add_argument("--gpu", action=switch, default=True, help="train on GPUs where there are any")
     return parser.parse_args()
 
 
 if __name__ == "__main__":  # before the imports that take seconds: --help, or a wrong flag, is answered at once
-    ARGS = parse_args()
+    ARGS = cli.start(parse_args)
 
 import numpy as np
 import torch
 
-from artifact import fingerprint, link, publish, read_meta, seen_from, write_meta
-from cli import InputError, run_stage
+from artifact import check_output_dir, fingerprint, link, publish, read_meta, seen_from, write_meta
 from codec import MOST_CENTROIDS, PER_CENTROID, Codec, Codes, default_nlist, sample_passages
 from compute import default_device
 from progress import progress
-from ragged import Ids, Ragged, neighbours
+from ragged import Ids, Ragged, load_npy, neighbours
 from search import create
 
 BLOCK = 1 << 16  # embeddings converted to fp32 and added at a time
 CODES_BLOCK = 1 << 18  # embeddings compressed at a time
+APART = 0.02  # what the length of an embedding may differ from 1 by: fp16, and bf16 before it
+CHANGING = (
+    "segments",
+    "state.json",
+    "state.json.partial",
+    "lock",
+)  # what update_index.py changes, listed in state.json
+IVFPQ_BITS = 16  # of a sub-quantiser, at most
+
+
+def check_embeddings(embeddings: Ragged, pids: Ids, source_meta: dict, args) -> None:
+    """Raise InputError for embeddings that are not whole, or that an index cannot hold."""
+    folder, meta = args.embedding_dir, source_meta
+    found = {"passages": len(embeddings), "embeddings": len(embeddings.values), "dim": embeddings.values.shape[1]}
+    for name, n in found.items():
+        if meta.get(name, n) != n:
+            raise InputError(f"{folder}: {n} {name}, {meta[name]} by its meta.json: run doc2embedding.py again")
+    if not meta.get("normalized", True):
+        raise InputError(f"{folder}: {not_unit('by its meta.json')}")
+    lengths = np.diff(embeddings.offsets)
+    longest = LONGEST - 1 if args.method == "codes" else np.inf
+    wrong = np.flatnonzero((lengths < 1) | (lengths > longest))
+    if len(wrong):
+        pid, n = pids.text(wrong[:1])[0], lengths[wrong[0]]
+        remedy = "leave it out of the collection" if n < 1 else "cut it (tsv2mmap.py --doc_maxlen), or --method ivfpq"
+        raise InputError(f"{folder}: passage {pid} has {n} embeddings, at least 1, at most {longest}: {remedy}")
+
+
+def not_unit(found: str) -> str:
+    return (
+        f"embeddings not of unit length ({found}), which an index cannot hold: train with normalize, or search them "
+        "without an index (retrieve.py --index_dir EMBEDDINGS --exact)"
+    )
+
+
+def check_unit(sample: np.ndarray, args) -> None:
+    """Raise InputError unless embeddings (T, D) are of unit length."""
+    norms = np.sqrt(np.einsum("ij,ij->i", sample, sample))
+    wrong = np.flatnonzero(~(np.abs(norms - 1) < APART))  # NaN is not
+    if len(wrong):
+        raise InputError(f"{args.embedding_dir}: {not_unit(f'one is {norms[wrong[0]]:.3g} long')}")
 
 
 def sample_embeddings(embeddings: Ragged, wanted: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -82,6 +126,7 @@ def make_index(dim: int, nlist: int, m: int, nbits: int, seed: int):
     import faiss
 
     index = faiss.IndexIVFPQ(faiss.IndexFlatIP(dim), dim, nlist, m, nbits, faiss.METRIC_INNER_PRODUCT)
+    seed %= 1 << 31  # it is an int
     index.cp.seed = seed
     index.cp.spherical = True
     index.cp.max_points_per_centroid = 1 << 30  # the sample is ours to choose
@@ -96,25 +141,36 @@ def fill(index, embeddings: Ragged) -> None:
         index.add(embeddings.values[start : start + BLOCK].astype(np.float32))
 
 
-def build_ivfpq(embeddings: Ragged, args, partial: Path) -> dict:
-    """Write faiss.index and links to the embeddings; returns facts for meta.json."""
-    import faiss  # the other method needs none
-
+def ivfpq_settings(embeddings: Ragged, args) -> tuple[int, int, int]:
+    """Lists, bytes of a code, and bits of a sub-quantiser. Raises InputError where they cannot be."""
     n_embeddings, dim = embeddings.values.shape
     nlist, m = args.nlist or default_nlist(n_embeddings), args.m or 16
     nbits = args.nbits or min(8, int(math.log2(n_embeddings)))
     if dim % m:
         raise InputError(f"--m {m} does not divide the dimension {dim}: give a divisor of {dim}")
+    if nbits > IVFPQ_BITS:
+        raise InputError(f"--nbits {nbits}: give at most {IVFPQ_BITS}")
     if n_embeddings < max(nlist, 2**nbits):
         raise InputError(
             f"{args.embedding_dir}: {n_embeddings} embeddings cannot train {nlist} lists and codebooks of {2**nbits}: "
             "lower --nlist and --nbits"
         )
+    return nlist, m, nbits
+
+
+def build_ivfpq(embeddings: Ragged, source_meta: dict, args, partial: Path) -> tuple[dict, dict]:
+    """Write faiss.index and links to the embeddings; returns facts for meta.json, and checksums that are known."""
+    import faiss  # the other method needs none
+
+    (n_embeddings, dim), (nlist, m, nbits) = embeddings.values.shape, ivfpq_settings(embeddings, args)
     index = make_index(dim, nlist, m, nbits, args.seed)
     n_gpus = getattr(faiss, "get_num_gpus", int)() if args.gpu else 0
     if n_gpus:
         index = faiss.index_cpu_to_all_gpus(index)
     sample = sample_embeddings(embeddings, args.sample or max(nlist, 2**nbits) * PER_CENTROID, args.seed)[0]
+    check_unit(sample, args)
+    if len(sample) < max(nlist, 2**nbits):
+        raise InputError(f"{len(sample)} embeddings to train {nlist} lists and codebooks of {2**nbits}: raise --sample")
     print(f"{n_embeddings} embeddings: {nlist} lists, {m} x {nbits} bits, trained on {len(sample)}", flush=True)
     clock = time.time()
     index.train(sample)
@@ -124,9 +180,15 @@ def build_ivfpq(embeddings: Ragged, args, partial: Path) -> dict:
     add_seconds = time.time() - clock
     if n_gpus:
         index = faiss.index_gpu_to_cpu(index)
-    faiss.write_index(index, str(partial / "faiss.index"))
-    for name in ("values.npy", "offsets.npy", "pids.npy"):
+    try:
+        faiss.write_index(index, str(partial / "faiss.index"))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1]
+        raise InputError(f"{args.output_dir}: faiss.index not written ({reason}): free some space") from None
+    linked = ("values.npy", "offsets.npy", "pids.npy")
+    for name in linked:
         link(args.embedding_dir / name, partial / name)
+    sums = source_meta.get("files", {})
     return {
         "nlist": nlist,
         "m": m,
@@ -136,14 +198,17 @@ def build_ivfpq(embeddings: Ragged, args, partial: Path) -> dict:
         "bytes_per_embedding": round((partial / "faiss.index").stat().st_size / n_embeddings, 2),
         "train_seconds": round(train_seconds, 2),
         "add_seconds": round(add_seconds, 2),
-    }
+    }, {name: sums[name] for name in linked if name in sums}
 
 
-def build_codes(embeddings: Ragged, args, partial: Path) -> dict:
+def build_codes(embeddings: Ragged, source_meta: dict, args, partial: Path) -> dict:
     """Write a compressed index; returns facts for meta.json."""
     n_embeddings = len(embeddings.values)
     nlist, bits = args.nlist or default_nlist(n_embeddings, MOST_CENTROIDS), args.bits or 2
+    if nlist > min(n_embeddings, MOST_CENTROIDS):
+        raise InputError(f"--nlist {nlist}: at most {min(n_embeddings, MOST_CENTROIDS)} here")
     sample, lengths = sample_embeddings(embeddings, args.sample or nlist * PER_CENTROID, args.seed)
+    check_unit(sample, args)
     print(f"{n_embeddings} embeddings: {nlist} centroids, {bits} bits, trained on {len(sample)}", flush=True)
     device, clock = default_device() if args.gpu else torch.device("cpu"), time.time()
     codec = Codec.train(sample, lengths, bits, nlist, args.seed, device)
@@ -157,7 +222,8 @@ def build_codes(embeddings: Ragged, args, partial: Path) -> dict:
             values, lengths = embeddings.slice(part.start, part.stop)
             yield codec.encode(values, lengths, device), pids.text(np.arange(part.start, part.stop))
 
-    create(partial, codec, blocks(), args.embedding_dir / "values.npy" if args.keep_vectors else None)
+    vectors = args.embedding_dir / "values.npy" if args.keep_vectors else None
+    create(partial, codec, blocks(), vectors, source_meta.get("files", {}).get("values.npy"))
     return {
         "bits": bits,
         "keep_vectors": args.keep_vectors,
@@ -176,18 +242,33 @@ def collect_codes(source_meta: dict, args, partial: Path) -> dict:
             f"{args.embedding_dir}: compressed with {source_meta['bits']} bits, {source_meta['nlist']} centroids: "
             "give neither --bits nor --nlist"
         )
-    pids, first = Ids(args.embedding_dir / "pids.npy"), 0
-    parts = args.embedding_dir / "parts"
+    folder, n, size = args.embedding_dir, source_meta["passages"], source_meta["args"]["part_size"]
+    pids, codec, total = Ids(folder / "pids.npy", n), Codec.load(folder / "codec"), 0
 
     def blocks():
-        nonlocal first
-        for number in range(len(list(parts.glob("*.json")))):
-            codes = Codes(*(np.load(parts / f"{number}.{name}.npy") for name in Codes._fields))
+        nonlocal total
+        for number, first in enumerate(range(0, n, size)):
+            codes = read_part(folder / "parts", number, min(size, n - first), codec)
+            total += int(codes.sizes.sum(dtype=np.int64))
             yield codes, pids.text(np.arange(first, first + len(codes.sizes)))
-            first += len(codes.sizes)
 
-    create(partial, Codec.load(args.embedding_dir / "codec"), blocks())
+    create(partial, codec, blocks())
+    if total != source_meta["embeddings"]:
+        raise InputError(
+            f"{folder}: {total} embeddings, {source_meta['embeddings']} by its meta.json: run doc2embedding.py again"
+        )
     return {"bits": source_meta["bits"], "keep_vectors": False, "nlist": source_meta["nlist"]}
+
+
+def read_part(parts: Path, number: int, n: int, codec: Codec) -> Codes:
+    """A part of n compressed passages. Raises InputError unless its arrays are there and fit each other."""
+    kinds = {"coarse": ("u1", (None,)), "fine": ("u1", (None,)), "sizes": ("u2", (n, 2))}
+    codes = Codes(*(load_npy(parts / f"{number}.{name}.npy", *kinds[name], mmap=False) for name in Codes._fields))
+    sizes = codes.sizes.astype(np.int64)
+    wanted = codec.passage_bytes(sizes).sum(0).tolist()
+    if [len(codes.coarse), len(codes.fine)] != wanted or not sizes[:, 0].all() or sizes.sum(1).max() >= LONGEST:
+        raise InputError(f"{parts}: the arrays of part {number} do not fit each other: run doc2embedding.py again")
+    return codes
 
 
 def check_flags(args) -> None:
@@ -202,13 +283,22 @@ def check_flags(args) -> None:
 def main(args):
     started = time.time()
     check_flags(args)
-    source_meta = read_meta(args.embedding_dir, "embeddings", "doc2embedding.py")
+    check_output_dir(args.output_dir, "index", args.embedding_dir)
+    source_meta = read_meta(args.embedding_dir, "embeddings", "doc2embedding.py", check=args.verify)
+    is_compressed, known = bool(source_meta.get("bits")), None
+    if not is_compressed:
+        embeddings = Ragged(args.embedding_dir, "f2")
+        pids = Ids(args.embedding_dir / "pids.npy", len(embeddings))
+        check_embeddings(embeddings, pids, source_meta, args)
+        if args.method == "ivfpq":
+            ivfpq_settings(embeddings, args)
     with publish(args.output_dir) as partial:
-        if source_meta.get("bits"):
+        if is_compressed:
             facts = collect_codes(source_meta, args, partial)
+        elif args.method == "codes":
+            facts = build_codes(embeddings, source_meta, args, partial)
         else:
-            build = {"codes": build_codes, "ivfpq": build_ivfpq}[args.method]
-            facts = build(Ragged(args.embedding_dir), args, partial)
+            facts, known = build_ivfpq(embeddings, source_meta, args, partial)
         if args.method == "codes":
             files = (path for path in partial.rglob("*.npy") if path.name not in ("vectors.npy", "pids.npy"))
             size = sum(path.stat().st_size for path in files)
@@ -224,12 +314,14 @@ def main(args):
             "model": source_meta["model"],
             "model_fingerprint": source_meta["model_fingerprint"],
             **paths,
+            **{key: source_meta[key] for key in ("tokenizer_fingerprint",) if key in source_meta},
             **{key: source_meta[key] for key in ("passages", "embeddings", "dim")},
             **facts,
         }
         settings = ("method", "nlist", "m", "nbits", "bits", "keep_vectors", "sample", "seed")
         source = fingerprint(source_meta["fingerprint"], *(f"{name} {getattr(args, name)}" for name in settings))
-        meta = write_meta(partial, "index", source, started, args, **facts)
+        also = CHANGING if args.method == "codes" else ()
+        meta = write_meta(partial, "index", source, started, args, known=known, also=also, **facts)
     return {"output_dir": str(args.output_dir), "seconds": meta["seconds"], **facts}
 
 

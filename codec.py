@@ -34,9 +34,9 @@ import kernels
 from cli import InputError
 from compute import fast_dtype, single_threads
 from kernels import CODEWORDS, LANES, SCALE
-from knobs import BITS
+from knobs import BITS, LONGEST
 from progress import progress
-from ragged import neighbours
+from ragged import load_npy, neighbours
 
 BOOKS, LEVELS = ("representative", "follower"), ("coarse", "fine")
 OVERHEAD = 1.2  # bytes a token of centroids, offsets and sizes, in a collection of a few million tokens
@@ -244,17 +244,35 @@ class Codec:
 
     @classmethod
     def load(cls, folder) -> "Codec":
-        """Open what `save` wrote."""
-        read = lambda name: np.load(Path(folder) / f"{name}.npy")  # noqa: E731
-        books = [
-            Book(
-                [read(f"{name}_{level}").astype(np.float32) for level in LEVELS],
-                read(f"{name}_columns").astype(np.int64),
-            )
-            for name in BOOKS
-        ]
-        rotation, centroids = (read(name).astype(np.float32) for name in ("rotation", "centroids"))
-        return cls(rotation, centroids, books, read("norms"), float(read("similarity")))
+        """Open what `save` wrote. Raises InputError unless the arrays fit each other, and are finite."""
+        folder = Path(folder)
+
+        def read(name: str, kind: str, *shape) -> np.ndarray:
+            array = load_npy(folder / f"{name}.npy", kind, shape, mmap=False)
+            if kind[0] != "f":
+                return array.astype(np.int64)
+            array = array.astype(np.float32)
+            if not np.isfinite(array.sum()):
+                raise InputError(f"{folder / name}.npy: holds what is no number: restore it, or make {folder} again")
+            return array
+
+        rotation = read("rotation", "f2", None, None)
+        dim = len(rotation)
+        centroids, norms = read("centroids", "f2", None, dim), read("norms", "f4", 3, 256)
+        similarity, books = read("similarity", "f4 f8"), []
+        for name in BOOKS:
+            columns = read(f"{name}_columns", "u2", dim)
+            words = [read(f"{name}_{level}", "f2", None, CODEWORDS, None) for level in LEVELS]
+            coarse, fine = map(len, words)
+            fits = 0 < coarse <= fine <= dim and np.array_equal(np.sort(columns), np.arange(dim))
+            widths = [np.diff(edges).max() for edges in nest(dim, coarse, fine)[1]] if fits else []
+            if [level.shape[2] for level in words] != widths:
+                raise InputError(f"{folder}: {name}_*.npy do not fit each other: make {folder} again")
+            books.append(Book(words, columns))
+        codec = cls(rotation, centroids, books, norms, float(similarity))
+        if rotation.shape != (dim, dim) or not 0 < len(centroids) <= MOST_CENTROIDS or (codec.M % 2).any():
+            raise InputError(f"{folder}: rotation.npy, centroids.npy and the codewords do not fit: make it again")
+        return codec
 
     @cached_property
     def _unit(self) -> Tensor:
@@ -273,8 +291,9 @@ class Codec:
 
     def encode(self, values: np.ndarray, lengths: np.ndarray, device="cpu") -> Codes:
         """Compress passages: values (T, D), lengths (n,); all threads take their share."""
-        if len(lengths) and lengths.max() >= kernels.LONGEST:
-            raise InputError(f"a passage of {lengths.max()} tokens: at most {kernels.LONGEST - 1} can be compressed")
+        if len(lengths) and (lengths.max() >= LONGEST or lengths.min() < 1):
+            wrong = lengths.max() if lengths.max() >= LONGEST else lengths.min()
+            raise InputError(f"a passage of {wrong} tokens: at least 1 and at most {LONGEST - 1} can be compressed")
         if not len(lengths):
             return Codes(np.zeros(0, np.uint8), np.zeros(0, np.uint8), np.zeros((0, 2), np.uint16))
         offsets = np.append(0, np.cumsum(lengths))

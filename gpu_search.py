@@ -54,7 +54,8 @@ class GpuIndex(CompressedIndex):
             promises[segment.first_row :][: len(segment.alive)] *= segment.alive
         if allowed is not None:
             promises *= torch.from_numpy(allowed).to(self.device)
-        best = promises.topk(min(n, len(promises)))
+        keys = (promises.long() << 32) - torch.arange(len(promises), device=self.device)  # the first of equal ones
+        best = keys.topk(min(n, len(keys)))
         return best.indices[best.values > 0].sort().values.cpu().numpy()
 
     def _scores(self, rows: np.ndarray, query: Tensor, fine: bool) -> np.ndarray:
@@ -70,13 +71,14 @@ class GpuIndex(CompressedIndex):
         """Vectors (T, D) of passages, rotated, one passage after the other, and the passages' lengths (n,)."""
         (at, fine_at), (n, f), M = segment.offsets[rows].T, segment.sizes[rows].T, self.codec.M.tolist()
         pairs = segment.coarse[spans(at, 2 * n)].view(-1, 2).long()
-        vectors = self.centroids[pairs[:, 0] + 256 * pairs[:, 1]]
+        vectors = self.centroids[(pairs[:, 0] + 256 * pairs[:, 1]).clamp_(max=len(self.centroids) - 1)]
         self.books[0].add_to(vectors, segment.coarse[spans(at + 3 * n, M[0] * n)], levels=[0])
         norms = segment.coarse[spans(at + 2 * n, n)].long()
         if not fine:
             return vectors * self.norms[0, norms, None], n
         self.books[0].add_to(vectors, segment.fine[spans(fine_at + 2 * f, M[1] * n)], levels=[1])
-        parents = segment.fine[spans(fine_at, f)].long() + (n.cumsum(0) - n).repeat_interleave(f)
+        parents = torch.minimum(segment.fine[spans(fine_at, f)].long(), (n - 1).repeat_interleave(f))
+        parents += (n.cumsum(0) - n).repeat_interleave(f)
         followers = vectors[parents]
         self.books[1].add_to(followers, segment.fine[spans(fine_at + 2 * f + M[1] * n, M[2] * f)], levels=[0, 1])
         vectors *= self.norms[1, norms, None]
@@ -104,6 +106,8 @@ class GpuSegment:
         self.coarse, self.fine, self.alive = move(segment.coarse), move(segment.fine), move(segment.alive)
         self.offsets, self.starts = move(segment.offsets), move(segment.starts)
         self.sizes, self.lists = move(segment.sizes.astype(np.int64)), move(segment.lists.view(np.int16)).int() & 0xFFFF
+        if len(segment):  # what the last block's lists may name
+            self.lists[segment.starts[-1, 0] :].clamp_(max=(len(segment) - 1) % BLOCK)
 
 
 class GpuBook:

@@ -4,6 +4,9 @@ and search.py; all release the GIL, so that threads may share the work.
 Scores of a token with LANES query tokens are one vector of 16-bit integers, and so is a row of a look-up table. numba
 would add them one by one; the intrinsics say in LLVM's terms what is meant. SCALE is what 1.0 is in the tables; once
 scaled to unit length it is FINAL.
+
+Addresses are trusted: search.py and codec.py check all that can be told in O(passages) when an index is opened, and
+numbers among the codes are bounded here.
 """
 
 from functools import reduce
@@ -13,13 +16,14 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from knobs import LONGEST
+
 LANES = 32  # query tokens scored at a time
 ROW = 2 * LANES  # bytes of their scores
 SCALE = 16000  # so that similarities up to 2 fit in 16 bits
 ROUGH = 7  # bits that scores lose where a byte holds them
 FACTOR = 1 << 14  # a factor of 1.0
 FINAL = SCALE * FACTOR / (1 << 16)
-LONGEST = 1 << 10  # tokens of a passage
 GROUPS, BINS = 8, 4096  # see nearest_lists and probe
 MOST_PARENTS = 256  # representatives that a byte can name
 CODEWORDS = 256  # of a part
@@ -30,6 +34,18 @@ _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.
 _VECTOR, _WIDE = ir.VectorType(_I16, LANES), ir.VectorType(_I32, LANES)
 _ROUGH, _STRIP = ir.VectorType(_I8, LANES), ir.VectorType(_F32, STRIP)
 _address, _int = types.intp, types.int64
+
+
+def compiled(**options):
+    """Compile a function that releases the GIL, and keep it on disk, where there is a folder that can be written to."""
+
+    def compile(function):
+        try:
+            return njit(nogil=True, cache=True, **options)(function)
+        except RuntimeError:  # no such folder
+            return njit(nogil=True, **options)(function)
+
+    return compile
 
 
 def _load_row(builder, address, kind=_VECTOR):
@@ -295,6 +311,18 @@ def hold(typing, arrays):
 
 
 @intrinsic
+def two_bytes(typing, address):
+    """The number that two bytes at an address are, the lower one first."""
+
+    def generate(context, builder, signature, args):
+        number = builder.load(builder.inttoptr(args[0], _I16.as_pointer()))
+        number.align = 1
+        return builder.zext(number, _I64)
+
+    return types.int64(_address), generate
+
+
+@intrinsic
 def prefetch(typing, address):
     """Ask for the cache line of an address, which will be read soon."""
 
@@ -309,7 +337,7 @@ def prefetch(typing, address):
     return types.void(_address), generate
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def score_coarse(rows, coarse, offsets, sizes, M, centroids, table, factors, scores):
     """Add the MaxSim of passages `rows` (n,) with up to LANES query tokens to scores (n,) int32, by coarse codes.
 
@@ -317,24 +345,43 @@ def score_coarse(rows, coarse, offsets, sizes, M, centroids, table, factors, sco
     centroids (C, LANES), table (M[0], 256, LANES): what `rough` makes of similarities; factors (256,): what a byte of
     norm stands for.
     """
-    best = np.empty(LANES, np.int16)
+    best, last = np.empty(LANES, np.int16), np.int64(len(centroids) - 1)
     best_at = best.ctypes.data
     for i in range(len(rows)):
         if i + 1 < len(rows):
             fetch(coarse, offsets[rows[i + 1], 0], offsets[rows[i + 1] + 1, 0])
         n, start = np.int64(sizes[rows[i], 0]), offsets[rows[i], 0]
-        codes_at = coarse.ctypes.data + start + 3 * n
+        centroids_of = coarse.ctypes.data + start
+        codes_at = centroids_of + 3 * n
         best[:] = -32768
         for t in range(n):
-            centroid = np.int64(coarse[start + 2 * t]) + 256 * np.int64(coarse[start + 2 * t + 1])
-            centroid_at, factor = centroids.ctypes.data + centroid * LANES, factors[coarse[start + 2 * n + t]]
+            centroid_at = centroids.ctypes.data + min(two_bytes(centroids_of + 2 * t), last) * LANES
+            factor = factors[coarse[start + 2 * n + t]]
             add_rough_rows_max(centroid_at, table.ctypes.data, codes_at, M[0], best_at, factor)
             codes_at += M[0]
         for lane in range(LANES):
             scores[i] += best[lane]
 
 
-@njit(nogil=True, cache=True)
+@compiled()
+def wrong_passage(offsets, sizes, M):
+    """The first passage whose sizes (n, 2) cannot be, or are not those that offsets (n + 1, 2) tell, else n.
+
+    M: bytes of a code, as codec.Codec.passage_bytes says. Also returns the tokens of the passages before it.
+    """
+    total = 0
+    for i in range(len(sizes)):
+        n, followers = np.int64(sizes[i, 0]), np.int64(sizes[i, 1])
+        coarse, fine = (M[0] + 3) * n, M[1] * n + (M[2] + 2) * followers
+        is_right = n > 0 and n + followers < LONGEST
+        is_right &= offsets[i + 1, 0] - offsets[i, 0] == coarse and offsets[i + 1, 1] - offsets[i, 1] == fine
+        if not is_right:
+            return i, total
+        total += n + followers
+    return len(sizes), total
+
+
+@compiled()
 def rough(similarities):
     """Similarities, int16, rounded to bytes: half of what a look-up has to fetch."""
     flat, found = similarities.ravel(), np.empty(similarities.size, np.int8)
@@ -343,11 +390,11 @@ def rough(similarities):
     return found.reshape(similarities.shape)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def score_fine(rows, coarse, fine, offsets, sizes, M, centroids, tables, fine_tables, follower_tables, factors, scores):
     """As score_coarse, by all codes of representatives and followers; factors (3, 256)."""
     found, best = np.empty((LONGEST, LANES), np.int16), np.empty(LANES, np.int16)
-    row_of, best_at = found.ctypes.data, best.ctypes.data
+    row_of, best_at, last = found.ctypes.data, best.ctypes.data, np.int64(len(centroids) - 1)
     for i in range(len(rows)):
         if i + 1 < len(rows):
             fetch(coarse, offsets[rows[i + 1], 0], offsets[rows[i + 1] + 1, 0])
@@ -355,19 +402,20 @@ def score_fine(rows, coarse, fine, offsets, sizes, M, centroids, tables, fine_ta
         passage = rows[i]
         n, followers = np.int64(sizes[passage, 0]), np.int64(sizes[passage, 1])
         start, parents = offsets[passage, 0], offsets[passage, 1]
-        codes_at = coarse.ctypes.data + start + 3 * n
+        centroids_of = coarse.ctypes.data + start
+        codes_at = centroids_of + 3 * n
         fine_at = fine.ctypes.data + parents + 2 * followers  # after parents and norms
         best[:] = -32768
         for t in range(n):
-            centroid = np.int64(coarse[start + 2 * t]) + 256 * np.int64(coarse[start + 2 * t + 1])
             token_at = row_of + t * ROW
-            add_rows(centroids.ctypes.data + centroid * ROW, tables.ctypes.data, codes_at, M[0], token_at)
+            centroid_at = centroids.ctypes.data + min(two_bytes(centroids_of + 2 * t), last) * ROW
+            add_rows(centroid_at, tables.ctypes.data, codes_at, M[0], token_at)
             add_rows(token_at, fine_tables.ctypes.data, fine_at, M[1], token_at)
             scaled_max(best_at, token_at, factors[1, coarse[start + 2 * n + t]])
             codes_at += M[0]
             fine_at += M[1]
         for t in range(followers):
-            parent_at = row_of + np.int64(fine[parents + t]) * ROW
+            parent_at = row_of + min(np.int64(fine[parents + t]), n - 1) * ROW
             factor = factors[2, fine[parents + followers + t]]
             add_rows_max(parent_at, follower_tables.ctypes.data, fine_at, M[2], best_at, factor)
             fine_at += M[2]
@@ -383,7 +431,7 @@ def fetch(data, start, stop):
         prefetch(data.ctypes.data + at)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def nearest_lists(centroids, n_tokens, nprobe):
     """The nprobe centroids most similar to each of the first n_tokens query tokens.
 
@@ -419,14 +467,14 @@ def nearest_lists(centroids, n_tokens, nprobe):
     return lists, similarities
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def probe(lists, starts, probes, gains, may, states, n):
     """The n passages of a block, or a few more, that promise most by the lists they are in.
 
     lists: passages of each list; starts (C + 1,): where a list begins; probes (Lq, P): the lists of each query token,
     the best first; gains (Lq, P): what a hit adds. A passage counts once a query token, by its best list.
-    may (size,): which passages may be found; states (BLOCK,) uint32, 0 before and after: what each promises, and in
-    the upper 8 bits which token found it last.
+    may (size,): which passages may be found; states (2^16,) uint32, as lists are uint16, 0 before and after: what each
+    promises, and in the upper 8 bits which token found it last.
     Returns the passages, in order, and what they promise.
     """
     lower = np.uint32((1 << 24) - 1)
@@ -459,10 +507,11 @@ def probe(lists, starts, probes, gains, may, states, n):
             passages[found], promises[found] = i, states[i]
             found += 1
         states[i] = 0
+    states[len(may) :] = 0  # what only a damaged list names
     return passages[:found], promises[:found]
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def representatives(vectors, offsets, similarity, parents):
     """Choose tokens that stand for the others of their passage: parents (T,), a token's own position if it is one.
 
@@ -504,7 +553,7 @@ def representatives(vectors, offsets, similarity, parents):
                 parents[start + i] = start + nearest
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def choose_groups(similarities, n_tried):
     """Which vectors are to be compared with each group of centroids; similarities (n, G) fp32 to the groups.
 
@@ -527,7 +576,7 @@ def choose_groups(similarities, n_tried):
     return rows, starts
 
 
-@njit(nogil=True, cache=True, fastmath=True)
+@compiled(fastmath=True)
 def keep_best(similarities, rows, members, best, nearest):
     """Update the best centroid of some vectors, best (n,) fp32 and nearest (n,), by another group of centroids.
 
@@ -544,7 +593,7 @@ def keep_best(similarities, rows, members, best, nearest):
                     nearest[rows[i]] = members[j]
 
 
-@njit(nogil=True, cache=True, fastmath=True)
+@compiled(fastmath=True)
 def first_codewords(vectors, edges, chances, codewords):
     """Codewords (M, 256, d) to begin k-means of each part with, far from each other (k-means++, SODA 2007).
 
@@ -571,7 +620,7 @@ def first_codewords(vectors, edges, chances, codewords):
                 distances[i] = to_last[i] if k == 0 else min(distances[i], to_last[i])
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def quantise(vectors, columns, coarse, fine, coarse_edges, fine_edges, within, n_candidates, codes, rebuilt):
     """Codewords for the parts of each vector, and for the finer parts of what those leave over.
 
@@ -613,7 +662,7 @@ def quantise(vectors, columns, coarse, fine, coarse_edges, fine_edges, within, n
                     rebuilt[1, i, columns[begin + j]] += fine[part, found[i, 0], j]
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def find_nearest(vectors, first, width, columns, halves, nearest, errors):
     """The codewords nearest to a part of each vector, in any order.
 
@@ -660,7 +709,7 @@ def take_lowest(numbers, places, lowest, places_of_lowest):
         lowest[j], places_of_lowest[j] = numbers[at], places[at]
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def add_errors(vectors, first, words, columns, halves, nearest, errors):
     """Add to errors (n, N) what the best codeword of a fine part leaves over of that part of each vector.
 
@@ -683,7 +732,7 @@ def add_errors(vectors, first, words, columns, halves, nearest, errors):
     hold((table, row, nothing, minima, negative))
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def refine(words, edges, codes, left):
     """Move codewords (M, CODEWORDS, d) by the mean of what is left over of vectors (n, D) with their codes (n, M)."""
     M = len(words)
@@ -705,7 +754,7 @@ def refine(words, edges, codes, left):
                 left[i, j] -= shifts[m, codes[i, m], j - edges[m]]
 
 
-@njit(nogil=True, cache=True, fastmath=True)
+@compiled(fastmath=True)
 def transpose(words, edges):
     """Codewords (M, CODEWORDS, d) as columns (M, d, CODEWORDS), and halves of their squares (M, CODEWORDS)."""
     M, width = len(words), words.shape[2]
@@ -718,7 +767,7 @@ def transpose(words, edges):
     return columns, halves
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def zeros(n):
     """Zeros (n, CODEWORDS), fp32, that begin with a cache line: no vector loaded of them lies in two."""
     room = np.zeros(n * CODEWORDS + 16, np.float32)

@@ -11,15 +11,19 @@ reads   index/ (build_index.py; embeddings/ will do for the last two), model/ (t
 writes  a run file, TREC (qid Q0 pid rank score tag) or MS MARCO (qid, pid, rank)
 
 A compressed index is searched in the steps that search.py describes; --nprobe, --n_coarse, --n_fine and --n_exact
-override what --quality says of each. Where it keeps no vectors, codes are all there is to score by, --exact and
---candidates as well. In an IVFPQ index, for each query token the --faiss_depth nearest embeddings in --nprobe lists are
+override what --quality says of each. Where it keeps no vectors, --exact and --candidates are refused, unless they are
+to score --by_codes. In an IVFPQ index, for each query token the --faiss_depth nearest embeddings in --nprobe lists are
 looked up; their passages are ordered by the sum of what was found (a token that found nothing of a passage counts as
-its last hit), and the first --rerank_depth are scored exactly on the memory-mapped fp16 embeddings, in fp32. Under
-`accelerate launch` each process takes a share of the queries. Reference: 146 ms a query on MS MARCO.
+its last hit), and the first --rerank_depth are scored exactly on the memory-mapped fp16 embeddings, in fp32. Equal
+scores are in the order of the collection. Under `accelerate launch` each process takes a share of the queries.
+Reference: 146 ms a query on MS MARCO.
 """
 
 import argparse
-import os
+import gzip
+import re
+import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +31,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import cli
+from cli import InputError, positive, run_stage, say, word
 from knobs import QUALITY, Effort, effort_for
 
 NPROBE, FAISS_DEPTH, BATCH_SIZE = 32, 1024, 32  # how hard to look, unless told otherwise; queries at a time
@@ -42,28 +48,36 @@ def parse_args():
     parser.add_argument("--queries", type=Path, required=True, help="qid, query")
     parser.add_argument("--output", type=Path, required=True, help="run file to write")
     parser.add_argument("--format", choices=("trec", "msmarco"), default="trec", help="of the run file (default trec)")
-    parser.add_argument("--tag", default="nanocolbert", help="name of the run in a TREC file")
-    parser.add_argument("--k", type=int, default=1000, help="passages a query (default 1000)")
+    parser.add_argument("--tag", type=word, default="nanocolbert", help="name of the run in a TREC file")
+    parser.add_argument("--k", type=positive, default=1000, help="passages a query (default 1000)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--candidates", type=Path, help="rerank these: top1000.dev, a run file, or qid, pid")
     how.add_argument("--exact", action=switch, default=False, help="score every passage")
-    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="queries at a time (default 32)")
-    parser.add_argument("--nprobe", type=int, help="lists searched for each query token (default: by --quality, or 32)")
+    parser.add_argument(
+        "--by_codes", action=switch, default=False, help="--exact, --candidates: score by codes, without kept vectors"
+    )
+    parser.add_argument("--batch_size", type=positive, default=BATCH_SIZE, help="queries at a time (default 32)")
+    parser.add_argument(
+        "--nprobe", type=positive, help="lists searched for each query token (default: by --quality, or 32)"
+    )
     group = parser.add_argument_group("compressed index")
     group.add_argument("--quality", choices=tuple(QUALITY), default="default", help="how hard to look")
-    group.add_argument("--n_coarse", type=int, help="passages scored by coarse codes (default: by --quality)")
-    group.add_argument("--n_fine", type=int, help="of them, scored by all codes (default: by --quality)")
-    group.add_argument("--n_exact", type=int, help="of them, scored by kept vectors (default: by --quality)")
+    group.add_argument("--n_coarse", type=positive, help="passages scored by coarse codes (default: by --quality)")
+    group.add_argument("--n_fine", type=positive, help="of them, scored by all codes (default: by --quality)")
+    group.add_argument("--n_exact", type=positive, help="of them, scored by kept vectors (default: by --quality)")
     group = parser.add_argument_group("IVFPQ")
-    group.add_argument("--faiss_depth", type=int, help=f"embeddings found for each query token (default {FAISS_DEPTH})")
-    group.add_argument("--rerank_depth", type=int, help="passages scored exactly (default: k, at least 1000)")
+    group.add_argument(
+        "--faiss_depth", type=positive, help=f"embeddings found for each query token (default {FAISS_DEPTH})"
+    )
+    group.add_argument("--rerank_depth", type=positive, help="passages scored exactly (default: k, at least 1000)")
+    parser.add_argument("--verify", action=switch, default=False, help="check the checksums of what is read first")
     parser.add_argument("--cpu", action=switch, default=False, help="use the CPU even where there is a GPU")
     parser.add_argument("--gpu_index", action=switch, default=False, help="put the index on the GPU too")
     return parser.parse_args()
 
 
 if __name__ == "__main__":  # before the imports that take seconds: --help, or a wrong flag, is answered at once
-    ARGS = parse_args()
+    ARGS = cli.start(parse_args)
 
 import numpy as np
 import torch
@@ -72,21 +86,28 @@ from accelerate import PartialState
 from torch import Tensor
 
 import runs
-from artifact import check_file, peak_memory_mb, read_meta
-from cli import InputError, run_stage
+from artifact import beside, check_file, check_output_file, is_device, peak_memory_mb, read_meta, replacing, verify
 from compute import default_device
 from maxsim import maxsim_packed
 from model import ColBERT, check_texts, model_fingerprint
 from progress import progress
 from ragged import Ids, Ragged, neighbours
-from search import CompressedIndex, Ranking, read_vectors, top
+from search import CompressedIndex, Ranking, highest, read_vectors, top
 from tsv import Collection, read_queries
 
 RERANK_TOKENS = {"cpu": 4096, "cuda": 1 << 20}  # embeddings of candidates scored at a time
 EXACT_TOKENS = 4096  # embeddings scored at a time by exact search
 EXACT_QUERIES = 16  # against so many queries: their similarities, 8 MB, stay in the cache
 EXACT_PASSAGES = 2048  # passages whose scores are kept before they are merged into the best
-EFFORT = ("exact", "quality", *Effort._fields, "faiss_depth", "rerank_depth", "batch_size")  # flags of the search
+EFFORT = (
+    "exact",
+    "by_codes",
+    "quality",
+    *Effort._fields,
+    "faiss_depth",
+    "rerank_depth",
+    "batch_size",
+)  # flags of the search
 
 
 class Hit(NamedTuple):
@@ -100,14 +121,18 @@ class Hit(NamedTuple):
 class Searcher:
     """An open index. Rows are positions in the collection; `pids.text(rows)` gives their ids."""
 
-    def __init__(self, index_dir, model=None, device=None, collection=None, gpu_index: bool = False):
+    def __init__(
+        self, index_dir, model=None, device=None, collection=None, gpu_index: bool = False, verify: bool = False
+    ):
         """Open an index folder.
 
         model: the model folder, collection: the file with the passages (.tsv or .tsv.gz); by default where the index
         says that they were, looked for when first needed. device: by default the GPU if there is one.
+        verify: check the checksums of the index first. Any number of threads may search at once.
         Raises InputError where the folders do not fit together.
         """
-        self.meta = read_meta(index_dir, "index", "build_index.py", "embeddings")
+        self.meta = read_meta(index_dir, "index", "build_index.py", "embeddings", check=verify)
+        self._lock = threading.RLock()
         self.index_dir, self.gpu_index = Path(index_dir), gpu_index
         self.device = torch.device(device or default_device())
         self.codes = None
@@ -116,7 +141,7 @@ class Searcher:
         if self.meta.get("method") == "codes":
             self.codes = self.pids = self._open_codes()
         else:
-            self.embeddings, self.pids = Ragged(index_dir), Ids(Path(index_dir) / "pids.npy")
+            self.embeddings, self.pids = self._open_embeddings()
         self.seconds: dict[str, float] = {}  # where the time went
         if model is not None:
             self.model = self._load(model)
@@ -129,6 +154,20 @@ class Searcher:
         from gpu_search import GpuIndex
 
         return GpuIndex(self.index_dir, self.device)
+
+    def _open_embeddings(self) -> tuple[Ragged, Ids]:
+        embeddings = Ragged(self.index_dir, "f2")
+        pids = Ids(self.index_dir / "pids.npy", len(embeddings))
+        shape = (self.meta.get("embeddings", len(embeddings.values)), self.meta["dim"])
+        if embeddings.values.shape != shape:
+            raise InputError(
+                f"{self.index_dir / 'values.npy'}: of shape {embeddings.values.shape}, {shape} by meta.json: restore "
+                f"it, or make {self.index_dir} again"
+            )
+        if len(empty := np.flatnonzero(embeddings.offsets[1:] == embeddings.offsets[:-1])):
+            pid = pids.text(empty[:1])[0]
+            raise InputError(f"{self.index_dir}: passage {pid} has no embeddings: leave it out of the collection")
+        return embeddings, pids
 
     @cached_property
     def model(self) -> ColBERT:
@@ -147,7 +186,9 @@ class Searcher:
                 f"{self.index_dir}: made from another model ({self.meta['model']}) than {folder}: search with that, or "
                 "run doc2embedding.py and build_index.py again"
             )
-        return ColBERT.from_pretrained(folder, device=self.device)
+        model = ColBERT.from_pretrained(folder, device=self.device)
+        model.check_tokenizer(self.index_dir, self.meta)
+        return model
 
     @cached_property
     def collection(self) -> Collection | None:
@@ -162,7 +203,13 @@ class Searcher:
             raise InputError(f"{self.index_dir}: embeddings without an index: run build_index.py, or use --exact")
         import faiss  # a compressed index needs none
 
-        index = faiss.read_index(str(self.index_dir / "faiss.index"), faiss.IO_FLAG_MMAP)
+        path, wanted = self.index_dir / "faiss.index", self.embeddings.values.shape
+        try:
+            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+        except (RuntimeError, MemoryError) as error:
+            raise InputError(f"{path}: damaged ({str(error).splitlines()[-1]}): make {self.index_dir} again") from None
+        if (index.ntotal, index.d) != wanted:
+            raise InputError(f"{path}: {index.ntotal} x {index.d}, not {wanted}: make {self.index_dir} again")
         on_gpu = self.gpu_index and getattr(faiss, "get_num_gpus", int)()
         return faiss.index_cpu_to_all_gpus(index) if on_gpu else index
 
@@ -170,15 +217,17 @@ class Searcher:
     def _timed(self, what: str):
         started = time.perf_counter()
         yield
-        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
+        with self._lock:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
 
     def search(self, queries: str | list[str], k: int = 10, **effort) -> list[Hit] | list[list[Hit]]:
         """The k best passages for a query, the best first; a list of such lists for a list of queries.
 
-        effort, for this call only: exact=True scores every passage; quality="fast", "default" or "best", and nprobe,
-        n_coarse, n_fine, n_exact (compressed index), nprobe, faiss_depth, rerank_depth (IVFPQ) are the flags of the
-        same names; among=[pid, ...] searches these passages only (compressed index). Raises InputError where the
-        collection is not the one that the index was made from, or an id of `among` is not in the index.
+        effort, for this call only: exact=True scores every passage, with by_codes=True by its codes; quality="fast",
+        "default" or "best", and nprobe, n_coarse, n_fine, n_exact (compressed index), nprobe, faiss_depth, rerank_depth
+        (IVFPQ) are the flags of the same names; among=[pid, ...] searches these passages only (compressed index).
+        Raises InputError where the collection is not the one that the index was made from, or an id of `among` is not
+        in the index.
         """
         if k < 1:
             raise InputError(f"k is {k}: ask for at least one passage")
@@ -188,17 +237,19 @@ class Searcher:
 
     def _hits(self, rows: np.ndarray, scores: np.ndarray) -> list[Hit]:
         pids = self.pids.text(rows)
-        if self.collection is None:
+        with self._lock:  # one that is opened for all
+            collection = self.collection
+        if collection is None:
             return [Hit(pid, score, None) for pid, score in zip(pids, scores.tolist(), strict=True)]
         hits, lines = [], self.codes.origin(rows) if self.codes else rows
         for line, pid, score in zip(lines.tolist(), pids, scores.tolist(), strict=True):
             if line < 0:  # added to the index later
                 hits.append(Hit(pid, score, None))
                 continue
-            found, text = self.collection[line] if line < len(self.collection) else (None, None)
+            found, text = collection[line] if line < len(collection) else (None, None)
             if found != pid:
                 raise InputError(
-                    f"{self.collection.path}:{line + 1}: pid {found!r}, but {pid!r} in {self.index_dir}: "
+                    f"{collection.path}:{line + 1}: pid {found!r}, but {pid!r} in {self.index_dir}: "
                     "give the collection that the index was made from"
                 )
             hits.append(Hit(pid, score, text))
@@ -210,6 +261,7 @@ class Searcher:
         k: int,
         candidates: list[np.ndarray] | None = None,
         exact: bool = False,
+        by_codes: bool = False,
         quality: str = "default",
         among: list[str] | None = None,
         batch_size: int = BATCH_SIZE,
@@ -218,18 +270,24 @@ class Searcher:
         """Yield the k best rows and their scores for each query, in batches.
 
         Scored are the query's own `candidates` if they are given, every passage if `exact`, else what the index finds.
+        by_codes: score these two not exactly, but by a compressed index' codes.
         knobs: those that `search` names; None is the default.
         """
+        if self.codes is not None and (exact or candidates is not None) and not by_codes:
+            self.codes.check_vectors()
+        if by_codes and (self.codes is None or not (exact or candidates is not None)):
+            raise InputError("by_codes says how a compressed index scores --exact and --candidates: leave it out")
         knobs = {name: value for name, value in knobs.items() if value is not None}
         check_knobs(knobs, quality, among, self.codes is not None)
         allowed = self._allowed(among)
+        rank = {"exact": exact, "by_codes": by_codes}
         size = max(1, len(texts)) if exact and self.codes is None else batch_size
         starts = range(0, len(texts), size)
         for start in progress(starts, len(starts) > 1, desc="search", unit=" batches"):
             queries = self.encode(texts[start : start + size])  # (B, Lq, D)
             rows = candidates and candidates[start : start + size]
             if self.codes is not None:
-                yield from self._search_codes(queries, k, rows, exact, effort_for(quality, k, **knobs), allowed)
+                yield from self._search_codes(queries, k, rows, effort_for(quality, k, **knobs), allowed, **rank)
             elif exact:
                 yield from self.exact(queries, k)
             elif candidates is not None:
@@ -239,7 +297,9 @@ class Searcher:
                 nprobe, faiss_depth = knobs.get("nprobe", NPROBE), knobs.get("faiss_depth", FAISS_DEPTH)
                 yield from self.rerank(queries, self.candidates(queries, nprobe, faiss_depth, depth), k)
 
-    def _search_codes(self, queries: Tensor, k: int, candidates, exact: bool, effort: Effort, allowed) -> list[Ranking]:
+    def _search_codes(
+        self, queries: Tensor, k: int, candidates, effort: Effort, allowed, exact: bool, by_codes: bool
+    ) -> list[Ranking]:
         """Rankings by the compressed index."""
         queries = queries.float().cpu()
         with self._timed("codes"):
@@ -247,7 +307,7 @@ class Searcher:
                 return self.codes.search_many(queries, k, effort, allowed)
             every = np.flatnonzero(self.codes.alive() if allowed is None else allowed)
             lists = [every] * len(queries) if exact else [np.sort(rows) for rows in candidates]
-            return [self.codes.rank(*pair, k) for pair in zip(queries, lists, strict=True)]
+            return [self.codes.rank(*pair, k, by_codes) for pair in zip(queries, lists, strict=True)]
 
     def _allowed(self, among: list[str] | None) -> np.ndarray | None:
         """Whether each row may be found (n,) bool, from ids; None: all may."""
@@ -262,16 +322,16 @@ class Searcher:
 
     def encode(self, texts: list[str]) -> Tensor:
         """Query embeddings (B, Lq, D) fp32."""
-        with self._timed("encode queries"):
+        with self._timed("encode queries"), self._lock:  # a tokenizer is one thread's at a time
             return self.model.encode_queries(texts, progress=False)
 
     def candidates(self, queries: Tensor, nprobe: int, faiss_depth: int, rerank_depth: int) -> list[np.ndarray]:
         """Rows of the passages that IVFPQ finds for each query (B, Lq, D), at most `rerank_depth`."""
         B, Lq, D = queries.shape
         with self._timed("IVFPQ"):
-            self._set_nprobe(nprobe)
             vectors = queries.reshape(B * Lq, D).cpu().numpy()
-            similarities, ids = self.faiss.search(vectors, faiss_depth)
+            similarities, ids = self._search_faiss(vectors, faiss_depth, nprobe)
+            ids[(ids < 0) | (ids >= len(self.embeddings.values))] = -1  # the latter: a damaged index
             ids[~vectors.any(1)] = -1  # rows of zeros pad a query: they score 0 everywhere, and find nothing
         with self._timed("candidates"):
             rows = np.searchsorted(self.embeddings.offsets, ids.reshape(-1), side="right") - 1
@@ -279,15 +339,18 @@ class Searcher:
             similarities = similarities.reshape(B, Lq, -1)
             return [best_candidates(*pair, rerank_depth) for pair in zip(rows, similarities, strict=True)]
 
-    def _set_nprobe(self, nprobe: int) -> None:
-        index = self.faiss  # first of all: opening it tells whether there is one
+    def _search_faiss(self, vectors: np.ndarray, k: int, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
+        """Similarities and ids (n, k) of the embeddings that FAISS finds for vectors (n, D)."""
+        with self._lock:  # one that is opened for all
+            index = self.faiss
         import faiss
 
         nprobe = min(nprobe, self.meta["nlist"])
         if self.gpu_index and hasattr(faiss, "GpuParameterSpace"):
-            faiss.GpuParameterSpace().set_index_parameter(index, "nprobe", nprobe)
-        else:
-            faiss.extract_index_ivf(index).nprobe = nprobe
+            with self._lock:
+                faiss.GpuParameterSpace().set_index_parameter(index, "nprobe", nprobe)
+                return index.search(vectors, k)
+        return index.search(vectors, k, params=faiss.SearchParametersIVF(nprobe=nprobe))
 
     def rerank(self, queries: Tensor, candidates: list[np.ndarray], k: int) -> list[Ranking]:
         """Exact MaxSim of each query (B, Lq, D) with its own candidate rows; the k best."""
@@ -312,9 +375,7 @@ class Searcher:
 
     def exact(self, queries: Tensor, k: int) -> list[Ranking]:
         """The k best of all passages for each query (Q, Lq, D): every embedding is read once and scored in fp32."""
-        Q, k = len(queries), min(k, len(self.embeddings))
-        best = torch.full((Q, 0), -torch.inf)  # (Q, up to k)
-        best_rows = torch.zeros((Q, 0), dtype=torch.int64)
+        best_rows, best = ([np.zeros(0, dtype)] * len(queries) for dtype in (np.int64, np.float32))  # (up to k,) each
         scores, first = [], 0
         blocks = neighbours(np.diff(self.embeddings.offsets), EXACT_TOKENS)
         for block in progress(blocks, desc="exact", unit=" blocks"):
@@ -327,11 +388,13 @@ class Searcher:
                 scores.append(torch.cat(parts).cpu())  # (Q, stop - start)
             if stop - first >= EXACT_PASSAGES or stop == len(self.embeddings):
                 with self._timed("merge"):
-                    rows = torch.arange(first, stop).expand(Q, -1)
-                    best, at = torch.cat([best, *scores], 1).topk(min(k, best.shape[1] + stop - first), dim=1)
-                    best_rows = torch.cat([best_rows, rows], 1).gather(1, at)
+                    rows = np.arange(first, stop)
+                    for query, new in enumerate(torch.cat(scores, 1).numpy()):
+                        found = np.concatenate([best[query], new])
+                        chosen = highest(found, k)  # in order of position
+                        best[query], best_rows[query] = found[chosen], np.append(best_rows[query], rows)[chosen]
                     scores, first = [], stop
-        return [top(rows, scores, k) for rows, scores in zip(best_rows.numpy(), best.numpy(), strict=True)]
+        return [top(rows, scores, k) for rows, scores in zip(best_rows, best, strict=True)]
 
 
 def check_knobs(knobs: dict, quality: str, among, is_compressed: bool) -> None:
@@ -350,7 +413,7 @@ def check_knobs(knobs: dict, quality: str, among, is_compressed: bool) -> None:
 
 
 def best_candidates(rows: np.ndarray, similarities: np.ndarray, n: int) -> np.ndarray:
-    """The n passages whose found embeddings promise the highest MaxSim, as rows (<= n,), in no order.
+    """The n passages whose found embeddings promise the highest MaxSim, as rows (<= n,), in order.
 
     rows, similarities (Lq, k'): the passages of the embeddings found for each query token, the nearest first; row -1
     stands for nothing found. A token that found nothing of a passage adds what its last hit had.
@@ -363,18 +426,77 @@ def best_candidates(rows: np.ndarray, similarities: np.ndarray, n: int) -> np.nd
     last[~found.any(1)] = 0.0  # the same for every passage
     best = np.repeat(last[:, None], len(unique), axis=1)  # (Lq, candidates)
     np.maximum.at(best, (np.nonzero(found)[0], column), similarities[found])
-    return unique[np.argpartition(-best.sum(0), n - 1)[:n]]
+    return unique[highest(best.sum(0), n)]
 
 
-def search_all(searcher: Searcher, queries: dict[str, str], args) -> Iterator[tuple[str, list[str], list[float]]]:
+def read_candidates(
+    searcher: Searcher, queries: dict[str, str], args, state: PartialState
+) -> dict[str, np.ndarray] | None:
+    """Rows of each query's candidates, None where none are asked for. Raises InputError if there are none at all."""
+    if not args.candidates:
+        return None
+    candidates = runs.read_candidates(args.candidates, searcher.pids, queries)
+    without = [qid for qid, rows in candidates.items() if not len(rows)]
+    if len(without) == len(queries):
+        raise InputError(
+            f"{args.candidates}: no candidates of any query in {args.queries}: give those of these queries"
+        )
+    if without and state.is_main_process:
+        say(f"{args.candidates}: no candidates for {len(without)} of {len(queries)} queries, {without[0]} among them")
+    return candidates
+
+
+def search_all(searcher: Searcher, queries: dict[str, str], candidates, args) -> Iterator[tuple]:
     """Yield (qid, pids, scores) of every query."""
-    candidates = None
-    if args.candidates:
-        candidates = list(runs.read_candidates(args.candidates, searcher.pids, queries).values())
     effort = {name: getattr(args, name) for name in EFFORT}
-    rankings = searcher.rankings(list(queries.values()), args.k, candidates, **effort)
+    rows = candidates and [candidates[qid] for qid in queries]
+    rankings = searcher.rankings(list(queries.values()), args.k, rows, **effort)
     for qid, (rows, scores) in zip(queries, rankings, strict=True):
         yield qid, searcher.pids.text(rows), scores.tolist()
+
+
+def write_run(rankings, args, state: PartialState) -> None:
+    """Write the run file: one process by itself, several a share each, which the first one joins."""
+    target = check_output_file(args.output)
+
+    def rankings_alone():
+        remove_shares(target)  # now that the file is locked
+        yield from rankings
+
+    if state.num_processes == 1:
+        runs.write_run(target, rankings_alone(), args.format, args.tag)
+        return
+    if is_device(target):
+        raise InputError(f"{args.output}: not a file, which several processes need: give a file, or one process")
+    shares = [beside(target, f".partial.{i}") for i in range(state.num_processes)]
+    if not state.is_main_process:
+        state.wait_for_everyone()  # until the file is locked
+        runs.write_run(shares[state.process_index], rankings, args.format, args.tag)
+        state.wait_for_everyone()
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as file:
+        try:
+            remove_shares(target)
+            state.wait_for_everyone()
+            runs.write_run(shares[0], rankings, args.format, args.tag)
+            state.wait_for_everyone()
+            packed = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if target.suffix == ".gz" else file
+            for share in shares:
+                with share.open("rb") as part:
+                    shutil.copyfileobj(part, packed)
+            if packed is not file:
+                packed.close()
+        finally:
+            remove_shares(target)
+
+
+def remove_shares(target: Path) -> None:
+    """Remove shares of the processes that wrote to a run file, or were killed at it."""
+    share = re.compile(re.escape(target.name) + r"\.partial\.\d+(\.partial)?")
+    for path in target.parent.iterdir():
+        if share.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def default_rerank_depth(k: int) -> int:
@@ -389,22 +511,20 @@ def main(args):
     check_file(args.queries, "queries: qid, query")
     if args.candidates:
         check_file(args.candidates, "candidates of the queries")
-    searcher = Searcher(args.index_dir, args.model, state.device, gpu_index=args.gpu_index)
+    check_output(args)
+    if args.verify:
+        verify(args.model)
     queries = read_queries(args.queries)
     if not queries:
         raise InputError(f"{args.queries}: no queries")
+    searcher = Searcher(args.index_dir, args.model, state.device, gpu_index=args.gpu_index, verify=args.verify)
+    candidates = read_candidates(searcher, queries, args, state)
     mine = dict(list(queries.items())[state.process_index :: state.num_processes])
-    share = (
-        args.output.with_name(f"{args.output.name}.{state.process_index}") if state.num_processes > 1 else args.output
-    )
     started = time.time()
-    runs.write_run(share, search_all(searcher, mine, args), args.format, args.tag)
+    write_run(search_all(searcher, mine, candidates, args), args, state)
     seconds = time.time() - started
-    state.wait_for_everyone()
     if not state.is_main_process:
         return None
-    if state.num_processes > 1:
-        join_shares(args.output, state.num_processes)
     for what, spent in sorted(searcher.seconds.items(), key=lambda item: -item[1]):
         print(f"{what:>16} {1000 * spent / len(mine):8.2f} ms a query {100 * spent / seconds:5.1f} %")
     print(f"{'in all':>16} {1000 * seconds / len(mine):8.2f} ms a query")
@@ -417,16 +537,12 @@ def main(args):
     }
 
 
-def join_shares(output: Path, n: int) -> None:
-    """Join the run files of n processes into one."""
-    partial = output.with_name(output.name + ".partial")
-    shares = [output.with_name(f"{output.name}.{i}") for i in range(n)]
-    with partial.open("wb") as file:
-        for share in shares:
-            file.write(share.read_bytes())
-    os.replace(partial, output)
-    for share in shares:
-        share.unlink()
+def check_output(args) -> None:
+    """Raise InputError if the run file cannot be written, or is a part of what is read."""
+    target = check_output_file(args.output, args.queries, args.candidates, args.index_dir, args.model)
+    for folder in (args.index_dir, args.model):
+        if folder.resolve() in target.parents:
+            raise InputError(f"{args.output}: inside {folder}, which is read: give another --output")
 
 
 if __name__ == "__main__":

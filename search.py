@@ -9,15 +9,17 @@ A query goes through up to four steps, each cheaper and coarser than the next:
 
 An index is a list of segments that never change, and state.json, which names them and what is deleted in them: a
 change writes new files first, and replaces state.json last. Whoever has the index open goes on with what it opened.
+state.json lists the files of each segment with their sizes and checksums, as meta.json does for all else.
 A segment's inverted lists are kept for blocks of 65,536 passages, so that two bytes name one.
 """
 
+import contextlib
 import fcntl
-import json
 import math
+import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,14 +28,14 @@ import torch
 from torch import Tensor
 
 import kernels
-from artifact import link, write_json
+from artifact import Spans, check_sizes, link, read_json, sum_of, sums_of, write_json
 from cli import InputError
 from codec import Codec, Codes, Tables
 from compute import single_threads
 from kernels import FINAL, LANES
 from knobs import Effort
 from maxsim import maxsim_packed
-from ragged import Ids, IdWriter, NpyWriter, Ragged, neighbours, ranges
+from ragged import Ids, IdWriter, NpyWriter, Ragged, check_offsets, load_npy, neighbours, ranges
 
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # memory maps; nothing writes to them
 
@@ -78,6 +80,8 @@ class SegmentWriter:
         first = sizes[:, 0].astype(np.int64)
         pairs = ranges(np.concatenate([[0], ends[:-1, 0]]), 2 * first) if len(sizes) else np.zeros(0, np.int64)
         centroids = coarse[pairs].view("<u2").astype(np.int64)
+        if len(centroids) and centroids.max() >= len(self.codec.centroids):
+            raise InputError(f"a code of centroid {centroids.max()}, of {len(self.codec.centroids)}: damaged codes")
         passages = np.repeat(self.n + np.arange(len(sizes)), first)
         self.n += len(sizes)
         self.pending.append(np.stack([centroids, passages]))
@@ -95,34 +99,64 @@ class SegmentWriter:
         self.lists.append((pairs % BLOCK).astype(np.uint16))
         self.starts.append(starts[None])
 
-    def close(self) -> None:
+    def close(self, known: dict[str, Spans] | None = None) -> dict[str, Spans]:
+        """The checksums of all files; `known`: of files that others have put here."""
         if self.n > self.starts.n_rows * BLOCK:
             self._write_lists()
         writers = [self.coarse, self.fine, self.sizes, self.lists, self.starts, self.offsets, self.pids]
         for writer in writers + [self.vectors] * (self.vectors is not None):
             writer.close()
+        return sums_of(self.folder, known)
 
 
 # --------------------------------------------------------------------------------------------------------------- read
 
 
 class Segment:
-    """A memory-mapped segment; alive: the file that says what is not deleted in it, None if everything is there."""
+    """A memory-mapped segment; entry: what state.json has of it.
 
-    def __init__(self, folder, alive: str | None, first_row: int):
+    entry["alive"]: the file that says what is not deleted in it, None if everything is there; entry["files"]: all files
+    and their checksums, which older indexes do not have.
+    """
+
+    def __init__(self, folder, entry: dict, codec: Codec, first_row: int):
+        """Raises InputError unless the files are what the state lists, and fit each other and the codec."""
         self.folder, self.first_row = Path(folder), first_row
-        self.coarse, self.fine, self.offsets = (self._load(name) for name in ("coarse", "fine", "offsets"))
-        self.sizes, self.lists, self.starts = (self._load(name) for name in ("sizes", "lists", "starts"))
-        self.pids = Ids(self.folder / "pids.npy")
-        self.alive = np.load(self.folder / alive) if alive else np.ones(len(self), bool)  # (n,), not to be written to
-        self.origins = self._load("origins") if (self.folder / "origins.npy").is_file() else None
+        check_sizes(self.folder, entry.get("files", {}))
+        self.sizes, self.offsets = self._load("sizes", "u2", None, 2), self._load("offsets", "i8", None, 2)
+        n, C = len(self), len(codec.centroids)
+        self.coarse, self.fine = (self._load(name, "u1", None) for name in ("coarse", "fine"))
+        self.lists, self.starts = self._load("lists", "u2", None), self._load("starts", "i8", -(-n // BLOCK), C + 1)
+        total = self._check(codec)
+        self.pids = Ids(self.folder / "pids.npy", n)
+        self.alive = np.ones(n, bool)  # (n,), not to be written to
+        if entry["alive"]:
+            self.alive = load_npy(self.folder / entry["alive"], "b1", (n,), mmap=False)
+        has = entry["files"].__contains__ if "files" in entry else lambda name: (self.folder / name).is_file()
+        self.origins = self._load("origins", "i8", n) if has("origins.npy") else None
         self.vectors = None
-        if (self.folder / "vectors.npy").is_file():
+        if has("vectors.npy"):
             offsets = np.append(0, self.sizes.sum(1, dtype=np.int64).cumsum())
-            self.vectors = Ragged.of(self._load("vectors"), offsets)
+            self.vectors = Ragged.of(self._load("vectors", "f2", total, codec.dim), offsets)
 
-    def _load(self, name: str) -> np.ndarray:
-        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
+    def _load(self, name: str, kind: str, *shape: int | None) -> np.ndarray:
+        return load_npy(self.folder / f"{name}.npy", kind, shape)
+
+    def _check(self, codec: Codec) -> int:
+        """The tokens of all passages, once sizes, offsets and starts are what the compiled loops may follow."""
+        ends, n = (len(self.coarse), len(self.fine)), len(self)
+        fits = self.offsets.shape == (n + 1, 2) and (self.offsets[0] == 0).all() and (self.offsets[-1] == ends).all()
+        first_wrong, total = kernels.wrong_passage(self.offsets, self.sizes, codec.M) if fits else (0, 0)
+        if not fits or first_wrong < n:
+            raise InputError(
+                f"{self.folder}: offsets.npy and sizes.npy do not fit the codes (passage {first_wrong} of {n}): "
+                f"restore them, or make {self.folder.parent.parent} again"
+            )
+        starts, path = self.starts, self.folder / "starts.npy"
+        check_offsets(path, starts.ravel() if n else np.zeros(1, np.int64), len(self.lists))
+        if not np.array_equal(starts[1:, 0], starts[:-1, -1]):
+            raise InputError(f"{path}: blocks do not follow each other: restore it, or make the index again")
+        return total
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -138,26 +172,47 @@ class CompressedIndex:
     """An open compressed index; a row is a passage's position among all segments."""
 
     def __init__(self, folder):
-        """Raises InputError if there is no index, or one that a killed process has left without a state."""
+        """Raises InputError if there is no index, or one whose files do not fit each other."""
         self.folder = Path(folder)
         if not (self.folder / "state.json").is_file():
             raise InputError(f"{folder}: not a compressed index (no state.json): run build_index.py first")
         self.codec = Codec.load(self.folder)
         while True:
-            self.state = read_state(self.folder)
+            self.state, error = read_state(self.folder), None
             try:
                 self._open()
-                return
-            except FileNotFoundError:  # replaced since the state was read?
-                if read_state(self.folder) == self.state:
-                    raise
+            except InputError as found:  # replaced since the state was read?
+                error = found
+            if not error and all("files" in entry for entry in self.state["segments"]):
+                break
+            if read_state(self.folder) == self.state:  # what no listing tells of was not removed meanwhile
+                if error:
+                    raise error
+                break
+        self._check_meta()
 
     def _open(self) -> None:
         self.segments, self.n = [], 0
         for entry in self.state["segments"]:
-            self.segments.append(Segment(self.folder / "segments" / entry["name"], entry["alive"], self.n))
+            self.segments.append(Segment(self.folder / "segments" / entry["name"], entry, self.codec, self.n))
             self.n += len(self.segments[-1])
-        self.keeps_vectors = all(segment.vectors is not None for segment in self.segments)
+        without = [segment.folder for segment in self.segments if segment.vectors is None]
+        self.keeps_vectors = not without
+        if without and len(without) < len(self.segments):
+            raise InputError(f"{without[0] / 'vectors.npy'}: missing: restore it, or make {self.folder} again")
+
+    def _check_meta(self) -> None:
+        if not (self.folder / "meta.json").is_file():
+            return  # not published yet
+        meta = read_json(self.folder / "meta.json")
+        found = {"dim": self.codec.dim, "nlist": len(self.codec.centroids)}
+        for key, value in found.items():
+            if meta.get(key, value) != value:
+                raise InputError(f"{self.folder}: {key} {value}, {meta[key]} by its meta.json: make it again")
+        if meta.get("keep_vectors") and not self.keeps_vectors:
+            raise InputError(
+                f"{self.folder}: without the vectors that it was made with: restore them, or make it again"
+            )
 
     def __len__(self) -> int:
         """Passages, the deleted ones among them."""
@@ -206,10 +261,21 @@ class CompressedIndex:
             rows = self._probe(tables, len(query), effort.nprobe, n_coarse, allowed)
         return self._finish(query, tables, rows, k, n_fine, max(effort.n_exact, k))
 
-    def rank(self, query: Tensor, rows: np.ndarray, k: int) -> Ranking:
-        """The k best of the given rows, in order, by the best that the index has: its vectors, or all codes."""
+    def rank(self, query: Tensor, rows: np.ndarray, k: int, by_codes: bool = False) -> Ranking:
+        """The k best of the given rows, in order, by kept vectors or all codes. Raises InputError without vectors."""
         query, tables = self._prepare(query)
-        return self._finish(query, tables, rows, k, len(rows), len(rows))
+        if by_codes:
+            return top(rows, self._scores(rows, tables, fine=True), k)
+        self.check_vectors()
+        return top(rows, self._exact(query, rows), k)
+
+    def check_vectors(self) -> None:
+        """Raise InputError unless passages can be scored exactly."""
+        if not self.keeps_vectors:
+            raise InputError(
+                f"{self.folder}: keeps no vectors, by which passages are scored exactly: build it with "
+                "--keep_vectors, or give the embeddings folder; or say --by_codes (by_codes=True)"
+            )
 
     def _prepare(self, query: Tensor) -> tuple[Tensor, list[Tables]]:
         query = query[query.any(1)]  # rows of zeros pad a query: they score 0 everywhere
@@ -232,7 +298,7 @@ class CompressedIndex:
         near = [kernels.nearest_lists(t.centroids, min(LANES, m), nprobe) for t, m in zip(tables, left, strict=True)]
         probes, similarities = (np.concatenate(parts) for parts in zip(*near, strict=True))
         gains = similarities - similarities[:, -1:] + 1
-        rows, promises, states = np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(BLOCK, np.uint32)
+        rows, promises, states = np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(1 << 16, np.uint32)
         for segment in self.segments:
             may = segment.alive
             if allowed is not None:
@@ -292,12 +358,24 @@ def read_vectors(vectors: Ragged, rows: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def highest(scores: np.ndarray, n: int) -> np.ndarray:
-    """Positions of the n highest scores, in order of position."""
-    return np.sort(np.argpartition(-scores, n - 1)[:n]) if len(scores) > n else np.arange(len(scores))
+    """Positions of the n highest scores, in order of position; of equal ones the first."""
+    if len(scores) <= n:
+        return np.arange(len(scores))
+    least = np.partition(scores, len(scores) - n)[len(scores) - n]
+    chosen = np.flatnonzero(scores >= least)
+    if len(chosen) > n:
+        equal = np.flatnonzero(scores[chosen] == least)
+        chosen = np.delete(chosen, equal[n - len(chosen) :])
+    return chosen
 
 
 def top(rows: np.ndarray, scores: np.ndarray, k: int) -> Ranking:
-    """The k highest scores and their rows; equal scores in the order of the collection."""
+    """The k highest scores and their rows, which are in order; equal scores in the order of the collection.
+
+    Raises InputError if a score is no number: embeddings that are none, here or in the query.
+    """
+    if np.isnan(scores).any():
+        raise InputError("a score is not a number: the embeddings are damaged, or the model's are: make them again")
     best = highest(scores, k)
     best = best[np.lexsort((rows[best], -scores[best]))]
     return rows[best], scores[best]
@@ -307,8 +385,19 @@ def top(rows: np.ndarray, scores: np.ndarray, k: int) -> Ranking:
 
 
 def read_state(folder) -> dict:
-    """What is in an index now: its version, and each segment's name and the file of what is alive in it."""
-    return json.loads((Path(folder) / "state.json").read_text())
+    """What is in an index now: its version, and of each segment its name, the file of what is alive in it, its files.
+
+    Raises InputError if it is damaged.
+    """
+    path = Path(folder) / "state.json"
+    state = read_json(path)
+    try:
+        whole = all(isinstance(entry["name"], str) and "alive" in entry for entry in state["segments"])
+    except (TypeError, KeyError):
+        whole = False
+    if not whole or not isinstance(state.get("version"), int):
+        raise InputError(f"{path}: not the state of an index: restore it, or make {folder} again")
+    return state
 
 
 @contextmanager
@@ -318,19 +407,35 @@ def changing(folder):
     One process at a time: others wait. What no state names any more, or a killed process has left, is removed.
     """
     folder = Path(folder)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    descriptor = _lock(folder / "lock")
+    try:
         state = read_state(folder)
         _remove_leftovers(folder, state)
         state["version"] += 1
         try:
             yield state
-            write_json(folder / "state.json", state)
+            write_json(folder / "state.json", state, summed=True)
         finally:
             _remove_leftovers(folder, read_state(folder))
+    finally:
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int:
+    """Lock a file, once no other process does; the lock holds until the descriptor is closed."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if path.is_symlink():
+            raise InputError(f"{path}: a symbolic link, which is not followed: remove it") from None
+        raise error
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
 
 
 def _remove_leftovers(folder: Path, state: dict) -> None:
+    """Remove what a state does not name."""
     named = {entry["name"]: entry["alive"] for entry in state["segments"]}
     for segment in (folder / "segments").iterdir():
         if segment.name not in named:
@@ -341,29 +446,32 @@ def _remove_leftovers(folder: Path, state: dict) -> None:
                 path.unlink()
 
 
-def create(folder, codec: Codec, blocks: Iterable, vectors=None) -> None:
+def create(folder, codec: Codec, blocks: Iterable, vectors=None, spans: Spans | None = None) -> None:
     """Write codec, state and a first segment of compressed blocks (codes, pids) into an empty folder.
 
-    vectors: the .npy file of all values, to be linked and kept.
+    vectors: the .npy file of all values, to be linked and kept; spans: its checksums, if they are known.
     """
     folder = Path(folder)
     codec.save(folder)
     writer = SegmentWriter(folder / "segments" / FIRST, codec, keep_vectors=False)
     for codes, pids in blocks:
         writer.append(codes, pids)
-    writer.close()
     if vectors is not None:
         link(Path(vectors), writer.folder / "vectors.npy")
-    write_json(folder / "state.json", {"version": 1, "segments": [{"name": FIRST, "alive": None}]})
+    files = writer.close({"vectors.npy": spans} if spans else None)
+    state = {"version": 1, "segments": [{"name": FIRST, "alive": None, "files": files}]}
+    write_json(folder / "state.json", state, summed=True)
 
 
-def add(folder, blocks: Iterable) -> int:
+def add(folder, blocks: Iterable, check: Callable = lambda index: None) -> int:
     """Add passages to an index: blocks of (values (T, D), lengths (n,), pids); returns how many.
 
-    Raises InputError if one of the ids is there already; the index is then as it was.
+    check(index): called before the first block is taken. Raises InputError if one of the ids is there already; the
+    index is then as it was.
     """
     with changing(folder) as state:
         index, taken, name = CompressedIndex(folder), set(), str(state["version"])
+        check(index)
         writer = SegmentWriter(Path(folder) / "segments" / name, index.codec, index.keeps_vectors)
         for values, lengths, pids in blocks:
             for pid, row in zip(pids, index.rows(pids).tolist(), strict=True):
@@ -371,19 +479,23 @@ def add(folder, blocks: Iterable) -> int:
                     raise InputError(f"{folder}: has a passage {pid} already: delete it first, or leave it out")
                 taken.add(pid)
             writer.append(index.codec.encode(values, lengths), pids, values)
-        writer.close()
+        files = writer.close()
         if writer.n:
-            state["segments"].append({"name": name, "alive": None})
+            state["segments"].append({"name": name, "alive": None, "files": files})
     return writer.n
 
 
-def delete(folder, pids: list[str]) -> int:
-    """Delete passages from an index; returns how many. Raises InputError if one of the ids is not there."""
+def delete(folder, pids: list[str], places: list[str] | None = None) -> int:
+    """Delete passages from an index; returns how many. Raises InputError if one of the ids is not there.
+
+    places: where each id stands, for messages.
+    """
     with changing(folder) as state:
         index = CompressedIndex(folder)
         rows = index.rows(pids)
         if (rows < 0).any():
-            raise InputError(f"{folder}: has no passage {pids[int((rows < 0).argmax())]}")
+            first = int((rows < 0).argmax())
+            raise InputError(f"{f'{places[first]}: ' if places else ''}{folder} has no passage {pids[first]}")
         rows = np.unique(rows)
         entries = {segment.folder.name: entry for segment, entry in zip(index.segments, state["segments"], strict=True)}
         for segment, part in index.parts(rows):
@@ -392,6 +504,9 @@ def delete(folder, pids: list[str]) -> int:
             alive[rows[part] - segment.first_row] = False
             entry["alive"] = f"alive-{state['version']}.npy"
             np.save(segment.folder / entry["alive"], alive)
+            if "files" in entry:
+                others = {name: spans for name, spans in entry["files"].items() if not name.startswith("alive-")}
+                entry["files"] = others | {entry["alive"]: [sum_of(segment.folder / entry["alive"])]}
     return len(rows)
 
 
@@ -411,6 +526,5 @@ def compact(folder) -> int:
                 )
                 vectors = segment.vectors.gather(rows)[0] if index.keeps_vectors else None
                 writer.append(Codes(coarse, fine, segment.sizes[rows]), segment.pids.text(rows), vectors)
-        writer.close()
-        state["segments"] = [{"name": name, "alive": None}]
+        state["segments"] = [{"name": name, "alive": None, "files": writer.close()}]
     return writer.n

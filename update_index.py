@@ -13,6 +13,10 @@ import argparse
 import time
 from pathlib import Path
 
+import cli
+from cli import InputError, run_stage
+from knobs import LONGEST
+
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -22,61 +26,98 @@ def parse_args():
     what.add_argument("--delete", type=Path, help="ids of passages, one a line")
     what.add_argument("--compact", action="store_true", help="make one segment of all, without what was deleted")
     parser.add_argument("--model", type=Path, help="for --add: the ColBERT model folder that the index was made from")
-    parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=False, help="use the CPU all the same")
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--verify", action=switch, default=False, help="check the checksums of what is read first")
+    parser.add_argument("--cpu", action=switch, default=False, help="use the CPU all the same")
     return parser.parse_args()
 
 
 if __name__ == "__main__":  # before the imports that take seconds: --help, or a wrong flag, is answered at once
-    ARGS = parse_args()
+    ARGS = cli.start(parse_args)
 
 import transformers
 
 import search
-from artifact import check_file, read_meta
-from cli import InputError, run_stage
+from artifact import check_file, read_meta, verify
 from compute import default_device
 from model import ColBERT, model_fingerprint
-from tsv import batched, read_id_text
+from tsv import batched, check_id, read_id_text, read_lines
 
 PASSAGES = 4096  # embedded and added at a time
 
 
+def read_new(path):
+    """Yield (line number, pid, text) of a collection. Raises InputError for a pid that comes twice."""
+    lines = {}
+    for number, pid, text in read_id_text(path, "collection: pid, passage"):
+        if lines.setdefault(pid, number) != number:
+            raise InputError(f"{path}:{number}: id {pid!r} a second time (first in line {lines[pid]}): leave one out")
+        yield number, pid, text
+
+
+def check_new(index: search.CompressedIndex, model: ColBERT, path) -> None:
+    """Read a collection through, and raise InputError, naming the line, if a passage cannot be added."""
+    for block in batched(read_new(path), PASSAGES):
+        numbers, pids, texts = zip(*block, strict=True)
+        there = index.rows(list(pids)) >= 0
+        if there.any():
+            at = int(there.argmax())
+            raise InputError(
+                f"{path}:{numbers[at]}: {index.folder} has a passage {pids[at]} already: delete it first, or leave "
+                "it out"
+            )
+        if model.config.doc_maxlen >= LONGEST:
+            counts = model.kept_counts(*model.tokenize(list(texts), "passage"))
+            at = int(counts.argmax())
+            if counts[at] >= LONGEST:
+                raise InputError(
+                    f"{path}:{numbers[at]}: passage {pids[at]} has {counts[at]} embeddings, at most {LONGEST - 1} can "
+                    "be compressed: shorten it"
+                )
+
+
 def embed(model: ColBERT, path):
     """Yield (values (T, D) fp16, lengths (n,), pids) of the passages of a collection, block by block."""
-    passages = ((pid, text) for _, pid, text in read_id_text(path, "collection: pid, passage"))
-    for block in batched(passages, PASSAGES):
-        pids, texts = zip(*block, strict=True)
+    for block in batched(read_new(path), PASSAGES):
+        _, pids, texts = zip(*block, strict=True)
         values, lengths, _ = model.embed_passages(*model.tokenize(list(texts), "passage"))
         yield values, lengths, list(pids)
 
 
-def read_pids(path) -> list[str]:
-    """The ids in a file, one a line. Raises InputError for an empty line."""
-    pids = check_file(path, "ids of passages, one a line").read_text().splitlines()
-    for number, pid in enumerate(pids, 1):
-        if not pid or pid != pid.strip():
-            raise InputError(f"{path}:{number}: {pid!r} is not an id: give one a line, without white space")
-    return pids
+def read_pids(path) -> tuple[list[str], list[str]]:
+    """The ids in a file, one a line, and where each stands. Raises InputError for an empty line."""
+    pids, places = [], []
+    for number, pid in read_lines(path, "ids of passages, one a line"):
+        check_id(path, number, pid)
+        pids.append(pid)
+        places.append(f"{path}:{number}")
+    return pids, places
 
 
 def main(args):
     started = time.time()
     transformers.logging.set_verbosity_error()
-    meta = read_meta(args.index_dir, "index", "build_index.py")
+    transformers.utils.logging.disable_progress_bar()
+    meta = read_meta(args.index_dir, "index", "build_index.py", check=args.verify)
     if meta["method"] != "codes":
         raise InputError(f"{args.index_dir}: IVFPQ, which is not changed: build it anew, or with --method codes")
     if args.compact:
         changed = search.compact(args.index_dir)
     elif args.delete:
-        changed = search.delete(args.index_dir, read_pids(args.delete))
+        changed = search.delete(args.index_dir, *read_pids(args.delete))
     else:
         if not args.model:
             raise InputError("--add needs the model that the index was made from: give --model")
         if model_fingerprint(args.model) != meta["model_fingerprint"]:
             raise InputError(f"{args.index_dir}: made from another model ({meta['model']}) than {args.model}")
         check_file(args.add, "collection: pid, passage")
+        if args.verify:
+            verify(args.model)
         model = ColBERT.from_pretrained(args.model, device="cpu" if args.cpu else default_device())
-        changed = search.add(args.index_dir, embed(model, args.add))
+        model.check_tokenizer(args.index_dir, meta)
+        # a pipe can be read once only
+        check = (lambda index: check_new(index, model, args.add)) if args.add.is_file() else (lambda index: None)
+        changed = search.add(args.index_dir, embed(model, args.add), check)
     index = search.CompressedIndex(args.index_dir)
     return {
         "index_dir": str(args.index_dir),

@@ -30,4 +30,6 @@ def test_finds_what_look_ups_find(tmp_path, monkeypatch, bits, vectors):
         few = [set(index.search(padded, 10, Effort(3, 60, 25, 15), may)[0]) for index in (theirs, ours)]
         assert len(few[0] & few[1]) >= 6  # where promises are nearly equal, rounding chooses
         every = np.flatnonzero(theirs.alive())
-        assert np.allclose(ours.rank(query, every, 30)[1], theirs.rank(query, every, 30)[1], atol=0.1)
+        assert np.allclose(
+            *(index.rank(query, every, 30, by_codes=not vectors)[1] for index in (ours, theirs)), atol=0.1
+        )

@@ -280,10 +280,11 @@ def test_the_stages_agree_with_the_notebook(codes_dir, model_dir, queries_file, 
     hits = searcher.search(["red apple", "the sea"], k=5, quality="best")
     expected = [(qid, hit.pid) for qid, found in zip(("q1", "q2"), hits, strict=True) for hit in found]
     assert read_rankings(tmp_path / "run") == expected
-    succeed(call_stage("retrieve.py", *flags, "--output", tmp_path / "run", "--exact"))
+    succeed(call_stage("retrieve.py", *flags, "--output", tmp_path / "run", "--exact", "--by_codes"))
     assert read_rankings(tmp_path / "run") == expected
     (tmp_path / "candidates").write_text("".join(f"{qid}\t{pid}\n" for qid, pid in expected))
-    succeed(call_stage("retrieve.py", *flags, "--output", tmp_path / "run", "--candidates", tmp_path / "candidates"))
+    flags += ["--candidates", tmp_path / "candidates", "--by_codes"]
+    succeed(call_stage("retrieve.py", *flags, "--output", tmp_path / "run"))
     assert read_rankings(tmp_path / "run") == expected
 
 
@@ -330,10 +331,10 @@ def test_update_stage(codes_dir, model_dir, toy_dir, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--add", "more.tsv"), "has a passage new1 already"),
+        (("--add", "more.tsv"), "more.tsv:2: id 'new1' a second time"),
         (("--add", "nowhere.tsv"), "nowhere.tsv: no such file"),
-        (("--delete", "pids.txt"), "has no passage nobody"),
-        (("--delete", "blank.txt"), "blank.txt:2: '' is not an id"),
+        (("--delete", "pids.txt"), "pids.txt:1: "),
+        (("--delete", "blank.txt"), "blank.txt:2: id '' is empty"),
     ],
 )
 def test_refusals_of_updates(codes_dir, model_dir, tmp_path, monkeypatch, flags, message):
@@ -373,7 +374,7 @@ def test_compressed_at_once(compressed_dir, codes_dir, model_dir, tmp_path):
     assert meta["bits"] == 4 and meta["nlist"] == 4
     scores = []
     for folder in (tmp_path / "index", codes_dir):
-        hits = Searcher(folder, model_dir, "cpu").search("red apple", k=1000, exact=True)
+        hits = Searcher(folder, model_dir, "cpu").search("red apple", k=1000, exact=True, by_codes=True)
         scores.append({hit.pid: hit.score for hit in hits})
     assert scores[0].keys() == scores[1].keys()
     assert max(abs(scores[0][pid] - scores[1][pid]) for pid in scores[0]) < 1.0
