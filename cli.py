@@ -136,6 +136,16 @@ def start(parse_args) -> argparse.Namespace:
     return parse_args()
 
 
+def check_launch() -> None:
+    """Raise InputError in the one process that `accelerate launch` starts where several were asked for on a CPU."""
+    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    if {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= set(os.environ) and not any(size in os.environ for size in sizes):
+        raise InputError(
+            "launched as one process, where several were asked for: on CPUs, too, it is "
+            f"accelerate launch --multi_gpu --num_processes N {name()} ... --cpu (--cpu after the script, not before)"
+        )
+
+
 def run_stage(main, args) -> None:
     """Run `main(args)` and print its result as one line of JSON; what can be mended ends in one line, exit code 2."""
     try:
@@ -168,7 +178,7 @@ def os_message(error: OSError) -> str:
 def fail(message: str) -> None:
     """End in one line, with exit code 2; a process that is one of several at once, lest the others wait for it."""
     say("error: " + " ".join(message.split("\n")))
-    _end(2)
+    end(2)
 
 
 def finish(result: dict | None) -> None:
@@ -179,10 +189,11 @@ def finish(result: dict | None) -> None:
     if result is not None:
         print(json.dumps(result), flush=True)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        _end(0)
+        end(0)
 
 
-def _end(code: int) -> None:
+def end(code: int) -> None:
+    """End this process; one of several at once, as `finish` and `fail` do."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()

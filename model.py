@@ -629,6 +629,13 @@ def drop_pooler(encoder: nn.Module) -> None:
         encoder.pooler = None
 
 
+def check_weights(model: nn.Module, what) -> None:
+    """Raise InputError naming the first parameter that holds NaN or infinity; `what` is the model, for messages."""
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise InputError(f"{what}: {name} holds NaN or infinity")
+
+
 def set_dropout(config, dropout: float | None, attention_dropout: float | None) -> None:
     """Set the dropout rates of an encoder's config, those of the attention weights apart; None leaves them."""
     for key, value in list(vars(config).items()):
