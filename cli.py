@@ -17,6 +17,7 @@ if sys.platform == "win32":
     sys.exit("nanoColBERT runs on Linux and macOS; on Windows, in WSL")
 
 GRACE = 3.0  # seconds that a process which was told to end may take to clean up
+ECHO = 1.0  # seconds in which a launcher of several processes passes on the Ctrl-C that they have heard themselves
 
 
 class InputError(Exception):
@@ -89,25 +90,27 @@ def catch_signals() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    said = threading.Lock()
+    said, handled = threading.Lock(), {}
 
     def say_why(number: int) -> None:
         if said.acquire(blocking=False):  # os.write: what the main thread was printing may be half done
             os.write(2, f"{name()}: ended by {signal.Signals(number).name}\n".encode())
 
+    def is_last(number: int, heard: dict[int, float]) -> bool:  # heard: when each first came
+        echo = ECHO if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+        return not _is_soft or time.monotonic() - heard.setdefault(number, time.monotonic()) > echo
+
     def handle(number, _) -> None:  # by the main thread, when it is back from C
-        if _is_soft and number not in _requests:
-            _requests.append(number)
-        else:
+        if is_last(number, handled):
             say_why(number)
             raise SystemExit(128 + number)
+        if number not in _requests:
+            _requests.append(number)
 
     def watch() -> None:  # at once
-        seen = []
-        while (number := os.read(reader, 1)[0]) not in (signal.SIGINT, signal.SIGTERM) or (
-            _is_soft and number not in seen
-        ):
-            seen.append(number)
+        heard = {}
+        while (number := os.read(reader, 1)[0]) not in (signal.SIGINT, signal.SIGTERM) or not is_last(number, heard):
+            pass
         say_why(number)
         time.sleep(GRACE)
         os._exit(128 + number)
