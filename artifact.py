@@ -213,7 +213,8 @@ def naming(path) -> Iterator[None]:
             error.filename = str(path)
         raise
     except Exception as error:
-        if type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error):
+        signs = ("PytorchStreamWriter", "inline_container", "iostream", "os error")  # torch's, and those of Rust
+        if type(error).__name__ == "SafetensorError" or any(sign in str(error) for sign in signs):
             reason = str(error).splitlines()[0]
             raise InputError(f"{path}: not written ({reason}): free some space, then run this again") from None
         raise

@@ -17,6 +17,7 @@ if sys.platform == "win32":
     sys.exit("nanoColBERT runs on Linux and macOS; on Windows, in WSL")
 
 GRACE = 3.0  # seconds that a process which was told to end may take to clean up
+ECHO = 1.0  # seconds in which a launcher of several processes passes on the Ctrl-C that they have heard themselves
 
 
 class InputError(Exception):
@@ -89,25 +90,27 @@ def catch_signals() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    said = threading.Lock()
+    said, handled = threading.Lock(), {}
 
     def say_why(number: int) -> None:
         if said.acquire(blocking=False):  # os.write: what the main thread was printing may be half done
             os.write(2, f"{name()}: ended by {signal.Signals(number).name}\n".encode())
 
+    def is_last(number: int, heard: dict[int, float]) -> bool:  # heard: when each first came
+        echo = ECHO if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+        return not _is_soft or time.monotonic() - heard.setdefault(number, time.monotonic()) > echo
+
     def handle(number, _) -> None:  # by the main thread, when it is back from C
-        if _is_soft and number not in _requests:
-            _requests.append(number)
-        else:
+        if is_last(number, handled):
             say_why(number)
             raise SystemExit(128 + number)
+        if number not in _requests:
+            _requests.append(number)
 
     def watch() -> None:  # at once
-        seen = []
-        while (number := os.read(reader, 1)[0]) not in (signal.SIGINT, signal.SIGTERM) or (
-            _is_soft and number not in seen
-        ):
-            seen.append(number)
+        heard = {}
+        while (number := os.read(reader, 1)[0]) not in (signal.SIGINT, signal.SIGTERM) or not is_last(number, heard):
+            pass
         say_why(number)
         time.sleep(GRACE)
         os._exit(128 + number)
@@ -134,6 +137,16 @@ def start(parse_args) -> argparse.Namespace:
     """What a stage begins with: its arguments, once signals are answered."""
     catch_signals()
     return parse_args()
+
+
+def check_launch() -> None:
+    """Raise InputError in the one process that `accelerate launch` starts where several were asked for on a CPU."""
+    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    if {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= set(os.environ) and not any(size in os.environ for size in sizes):
+        raise InputError(
+            "launched as one process, where several were asked for: on CPUs, too, it is "
+            f"accelerate launch --multi_gpu --num_processes N {name()} ... --cpu (--cpu after the script, not before)"
+        )
 
 
 def run_stage(main, args) -> None:
@@ -168,7 +181,7 @@ def os_message(error: OSError) -> str:
 def fail(message: str) -> None:
     """End in one line, with exit code 2; a process that is one of several at once, lest the others wait for it."""
     say("error: " + " ".join(message.split("\n")))
-    _end(2)
+    end(2)
 
 
 def finish(result: dict | None) -> None:
@@ -179,10 +192,11 @@ def finish(result: dict | None) -> None:
     if result is not None:
         print(json.dumps(result), flush=True)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        _end(0)
+        end(0)
 
 
-def _end(code: int) -> None:
+def end(code: int) -> None:
+    """End this process; one of several at once, as `finish` and `fail` do."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import cli
-from cli import InputError, positive, run_stage, seed
+from cli import InputError, check_launch, positive, run_stage, seed
 from knobs import BITS, LONGEST
 
 
@@ -197,6 +197,7 @@ def embed_missing(state, model: ColBERT, passages: Ragged, n_passages: int, args
 
 def main(args):
     started = time.time()
+    check_launch()
     if args.nlist and not args.bits:
         raise InputError("--nlist says nothing without --bits: leave it out, or give --bits")
     transformers.logging.set_verbosity_error()

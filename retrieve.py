@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cli
-from cli import InputError, positive, run_stage, say, word
+from cli import InputError, check_launch, positive, run_stage, say, word
 from knobs import QUALITY, Effort, effort_for
 
 NPROBE, FAISS_DEPTH, BATCH_SIZE = 32, 1024, 32  # how hard to look, unless told otherwise; queries at a time
@@ -505,6 +505,7 @@ def default_rerank_depth(k: int) -> int:
 
 
 def main(args):
+    check_launch()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     state = PartialState(cpu=args.cpu or not torch.accelerator.is_available())  # else processes do not find each other
