@@ -24,7 +24,7 @@ from cli import InputError
 KNOWN = (
     *("albert", "bert", "camembert", "data2vec-text", "deberta", "deberta-v2", "distilbert", "electra", "ernie"),
     *("eurobert", "gte", "longformer", "luke", "megatron-bert", "modernbert", "mpnet", "nomic_bert", "rembert"),
-    *("roberta", "roberta-prelayernorm", "roformer", "squeezebert", "xlm-roberta", "xlm-roberta-xl"),
+    *("roberta", "roberta-prelayernorm", "roformer", "xlm-roberta", "xlm-roberta-xl"),
 )
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")  # no config goes without
 

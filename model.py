@@ -272,13 +272,14 @@ class ColBERT(PreTrainedModel):
     def save_pretrained(self, path, *args, layout: str = "nanocolbert", **kwargs) -> None:
         """Write weights, settings and tokenizer into one folder, for the library that `layout` names.
 
-        layout: one of layouts.LAYOUTS. A meta.json that is there goes: it tells of other weights.
+        layout: one of layouts.LAYOUTS. Weights that are there go, and a meta.json, which tells of them.
         Raises InputError where that layout cannot say what this model does, and where a weight is not finite.
         """
         check_weights(self, path)
         if Path(path).is_file():
             raise InputError(f"{path}: a file, not a folder: give another")
-        (Path(path) / "meta.json").unlink(missing_ok=True)
+        for stale in (Path(path) / "meta.json", *Path(path).glob("model*.safetensors*")):  # one file, or several
+            stale.unlink(missing_ok=True)
         if layout == "nanocolbert":
             super().save_pretrained(path, *args, **kwargs)
             self.tokenizer.save_pretrained(path)

@@ -297,7 +297,7 @@ def test_mistakes(train_arguments, toy_dir, encoder_dir, tmp_path):
     message = refused(train_arguments, folder, "--batch_size", 9, "--gradient_accumulation_steps", 2)
     assert "--batch_size 9 does not divide among 1 process(es) x 2 accumulation step(s)" in message
     assert "run tsv2mmap.py first" in refused(train_arguments, folder, "--tokens_dir", tmp_path)
-    assert "no tokenizer could be loaded" in refused(train_arguments, folder, "--base_model", tmp_path / "none")
+    assert "no such folder" in refused(train_arguments, folder, "--base_model", tmp_path / "none")
     message = refused(train_arguments, folder, "--dev_queries", toy_dir / "queries.tsv")
     assert "needs --dev_queries, --dev_qrels and --dev_candidates" in message
     assert not folder.exists()

@@ -275,7 +275,7 @@ def test_other_mistakes(encoder_dir, toy_dir, tmp_path):
     shutil.copy(toy_dir / "triples.tsv", tmp_path / "t.tsv")
     collection = ("--collection", toy_dir / "collection.tsv")
     for flags, message in (
-        ((*collection, "--tokenizer", tmp_path / "none"), "none: no tokenizer could be loaded"),
+        ((*collection, "--tokenizer", tmp_path / "none"), "none: no such folder"),
         (("--tokenizer", encoder_dir), "nothing to do: give --collection, or --triples, or both"),
         (
             (*collection, "--triples", tmp_path / "t.tsv", "--triples_format", "id", "--tokenizer", encoder_dir),
