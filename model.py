@@ -246,6 +246,9 @@ class ColBERT(PreTrainedModel):
         where encoder and tokenizer are not of one model, and where weights are not finite.
         """
         check_vocabulary(name, tokenizer, encoder)
+        unknown = settings.keys() - {*ColBERTConfig().to_dict(), *special_token_ids(tokenizer)}
+        if unknown:
+            raise InputError(f"{name}: {min(unknown)} is no setting of a ColBERT model")
         config = ColBERTConfig(encoder=encoder.config.to_dict(), **{**special_token_ids(tokenizer), **settings})
         longest, asked = longest_input(encoder), max(config.query_maxlen, config.doc_maxlen)
         if asked > longest:
@@ -471,9 +474,8 @@ class ColBERT(PreTrainedModel):
 
     def check_tokenizer(self, where, meta: dict) -> None:
         """Raise InputError unless this model's tokenizer made what lies at `where` (which may not say) of this meta."""
-        if meta.get("tokenizer_fingerprint", tokenizer_fingerprint(self.tokenizer)) != tokenizer_fingerprint(
-            self.tokenizer
-        ):
+        found = meta.get("tokenizer_fingerprint")
+        if found is not None and found != tokenizer_fingerprint(self.tokenizer):
             raise InputError(
                 f"{where}: made with another tokenizer than the model now has: restore the model's tokenizer.json, or "
                 "make it again"

@@ -3,6 +3,7 @@
 import socket
 import string
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -24,9 +25,11 @@ from maxsim import MAXSIM_BYTES, maxsim, maxsim_packed, maxsim_pairs
 from model import (
     FRAME,
     ColBERT,
+    EmbeddingError,
     length_batches,
     load_tokenizer,
     model_fingerprint,
+    own_backend,
     punctuation_ids,
     tokenize,
     tokenizer_fingerprint,
@@ -187,6 +190,40 @@ def test_tokenize_equals_one_text_at_a_time(colbert):
         assert row.tolist() == ids[:17], text
 
 
+def test_threads_share_a_tokenizer(encoder_dir):
+    """Queries cut to 32 tokens in one thread, passages to 180 in another, and a user who pads and cuts as he likes."""
+    colbert = ColBERT.from_base(encoder_dir, dim=16).eval()
+    passages, sizes = ["house " * 170] * 64, range(5, 25)
+
+    def of_passages() -> list[set]:
+        return [set(colbert.tokenize(passages, "passage")[1].tolist()) for _ in sizes]
+
+    def of_queries() -> list[set]:
+        return [set(colbert.tokenize(["boat " * 100], "query")[1].tolist()) for _ in sizes for _ in range(20)]
+
+    def of_user() -> list[int]:
+        options = {"padding": "max_length", "truncation": True}
+        return [len(colbert.tokenizer("house " * 9, max_length=n, **options)["input_ids"]) for n in sizes]
+
+    with ThreadPoolExecutor(3) as threads:
+        jobs = [threads.submit(work) for work in (of_passages, of_queries, of_user)]
+        found = [job.result() for job in jobs]
+    assert found == [[{170}] * 20, [{29}] * 400, list(sizes)]
+
+
+def test_a_tokenizer_keeps_its_state(encoder_dir):
+    """What its tokenizer.json says of cutting and padding is neither heeded nor changed."""
+    tokenizer = load_tokenizer(encoder_dir)
+    expected = [part.tolist() for part in tokenize(tokenizer, TEXTS, 180)]
+    backend = tokenizer.backend_tokenizer
+    backend.enable_truncation(5)
+    backend.enable_padding(length=9)
+    state = backend.to_str()
+    for given in (tokenizer, backend, own_backend(tokenizer)):
+        assert [part.tolist() for part in tokenize(given, TEXTS, 180)] == expected
+    assert backend.to_str() == state and not backend.encode_special_tokens
+
+
 # -------------------------------------------------------------------------------------------------------- embeddings
 
 
@@ -269,6 +306,68 @@ def test_nothing_to_encode(colbert):
     assert values.shape == (0, 16) and offsets.tolist() == [0]
     assert colbert.encode_passages([], return_tokens=True) == ([], [])
     assert colbert.score(["boat"], []).shape == (1, 0) and colbert.score([], ["boat"]).shape == (0, 1)
+
+
+def test_embeddings_that_are_not_to_be_used(encoder_dir):
+    """The text is named: by its place in the call, and in the message for a notebook."""
+    colbert = ColBERT.from_base(encoder_dir, dim=16).eval()
+    texts = ["the boat", *["house " * n for n in range(1, 40)], "old eagle", "a drum"]  # 40 has the eagle
+    eagle = colbert.tokenizer.convert_tokens_to_ids("eagle")
+    table = colbert.encoder.get_input_embeddings().weight
+    kept = table[eagle].clone()
+
+    def refused(message: str, passage: int = 40) -> None:
+        for embed in (colbert.encode_passages, colbert.encode_queries):
+            for fp32 in (False, True):
+                with pytest.raises(EmbeddingError, match=rf"{passage}: an embedding is {message}") as caught:
+                    embed(texts, fp32=fp32)
+                assert caught.value.passage == passage
+        for size in (None, 50):
+            with pytest.raises(EmbeddingError, match=message) as caught:
+                colbert.embed_passages(*tokenize(colbert.tokenizer, texts, 180), size)
+            assert caught.value.passage == passage
+
+    with torch.no_grad():
+        for value in (torch.nan, torch.inf):
+            table[eagle] = value
+            refused("not finite")
+        table[eagle] = kept
+        assert len(colbert.encode_passages(texts)) == 42
+        colbert.linear.weight.zero_()
+        texts = texts[:1]
+        refused("not of unit length", 0)
+        colbert.config.normalize = False  # zeros are then as good as others
+        assert not colbert.encode_passages(texts)[0].any()
+        colbert.linear.weight.normal_(std=1e5)  # what is over 65504 is not finite in fp16
+        with pytest.raises(EmbeddingError, match="passage 0: an embedding is not finite"):
+            colbert.encode_passages(texts)
+        assert colbert.encode_passages(texts, fp32=True)[0].abs().max() > 65504
+
+
+def test_no_dropout_when_encoding(encoder_dir, fp32):
+    """In training mode too, and the mode is then as it was, of each part."""
+    colbert = ColBERT.from_base(encoder_dir, dim=16, dropout=0.5, attention_dropout=0.5).eval()
+    pieces = tokenize(colbert.tokenizer, TEXTS, 180)
+
+    def encode() -> list:
+        results = [colbert.encode_queries(TEXTS), *colbert.encode_passages(TEXTS), colbert.score(TEXTS[:2], TEXTS)]
+        results += [torch.from_numpy(colbert.embed_passages(*pieces)[0]), torch.tensor(colbert.rank("boat", TEXTS))]
+        with torch.no_grad():
+            results.append(colbert.embed_queries(colbert.frame_queries(*colbert.tokenize(TEXTS, "query"))))
+        return results
+
+    expected = encode()
+    colbert.train()
+    colbert.encoder.encoder.layer[0].eval()
+    modes = [module.training for module in colbert.modules()]
+    with ThreadPoolExecutor(3) as threads:  # the first to be done must not turn it on for the others
+        runs = [job.result() for job in [threads.submit(encode) for _ in range(4)]]
+    for run in (encode(), *runs):
+        assert all(torch.allclose(found, wanted, atol=1e-3) for found, wanted in zip(run, expected, strict=True))
+    assert [module.training for module in colbert.modules()] == modes and any(modes) and not all(modes)
+    with torch.no_grad():  # training itself has it
+        ids = colbert.frame_queries(*colbert.tokenize(["boat"], "query"))
+        assert not torch.equal(colbert.embed(ids), colbert.embed(ids))
 
 
 # ------------------------------------------------------------------------------------------------------ for a notebook
@@ -372,6 +471,29 @@ def test_rank(colbert):
     assert colbert.rank(query, colbert.encode_passages(passages, ragged=True), k=3) == ranked[:3]
     assert colbert.rank("find the boat", []) == []
     assert [position for position, _ in colbert.rank("", ["boat"])] == [0]
+
+
+def test_a_passage_without_embeddings(colbert):
+    full, empty = colbert.encode_passages(["boat"])[0], torch.zeros(0, 16)
+    ragged = torch.cat([full, full]), torch.tensor([0, len(full), len(full), 2 * len(full)])
+    for passages in ([full, empty, full], ragged):
+        for ask in (
+            lambda passages: colbert.score(["boat"], passages),
+            lambda passages: colbert.rank("boat", passages),
+        ):
+            with pytest.raises(InputError, match=r"passage 1 has no embeddings \(0, D\): leave it out"):
+                ask(passages)
+
+
+def test_options_that_are_refused(colbert, encoder_dir, tmp_path):
+    colbert.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="device_map is no option here: give revision and device at most"):
+        ColBERT.from_pretrained(tmp_path, device_map="auto")
+    with pytest.raises(InputError, match="trust_remote_code: no code of a checkpoint is run here"):
+        ColBERT.from_pretrained(tmp_path, trust_remote_code=True)
+    ColBERT.from_pretrained(tmp_path, trust_remote_code=False)
+    with pytest.raises(InputError, match="dims is no setting of a ColBERT model"):
+        ColBERT.from_base(encoder_dir, dims=16)
 
 
 def test_what_is_no_list_of_texts(colbert):
