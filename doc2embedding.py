@@ -77,7 +77,9 @@ def layout(model: ColBERT, passages: Ragged, n_passages: int, args, folder: Path
     offsets.append(np.zeros(1, np.int64))
     total = 0
     for start in range(0, n_passages, args.part_size):
-        counts = model.kept_counts(*passages.slice(start, min(n_passages, start + args.part_size)))
+        tokens = passages.slice(start, min(n_passages, start + args.part_size))
+        model.check_ids(args.tokens_dir / "passages/values.npy", tokens[0])
+        counts = model.kept_counts(*tokens)
         check_counts(counts, start, args)
         offsets.append(total + np.cumsum(counts))
         total += int(counts.sum())
@@ -134,6 +136,7 @@ def embed_part(model: ColBERT, passages: Ragged, start: int, stop: int, folder: 
     done(n) is called whenever n passages have been embedded.
     """
     tokens = passages.slice(start, stop)
+    model.check_ids(args.tokens_dir / "passages/values.npy", tokens[0])
     try:
         embeddings, counts, padding = model.embed_passages(*tokens, args.tokens_per_batch, done=done)
     except InputError as error:

@@ -451,6 +451,15 @@ class ColBERT(PreTrainedModel):
         framing = int(keep[[*head, sep]].sum())
         return before[starts + np.minimum(lengths, self.config.pieces("passage"))] - before[starts] + framing
 
+    def check_ids(self, path, values: np.ndarray) -> None:
+        """Raise InputError, naming the file `path`, where word pieces (T,) are beyond the vocabulary."""
+        most = len(self.tokenizer) - 1
+        if len(values) and values.max() > most:
+            raise InputError(
+                f"{path}: word piece {values.max()}, the model's vocabulary ends with {most}: damaged, or of another "
+                "tokenizer: run tsv2mmap.py again"
+            )
+
     def check_tokens(self, name, tokens_dir, tokens_meta: dict) -> None:
         """Raise InputError unless the tokens were made by this model's tokenizer and cut no shorter than it reads."""
         if tokenizer_fingerprint(self.tokenizer) != tokens_meta["tokenizer_fingerprint"]:

@@ -5,6 +5,7 @@ written, so neither reader nor writer holds more than the rows in hand.
 """
 
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,10 @@ def load_npy(path, kinds: str = "", shape: tuple[int | None, ...] | None = None,
         raise InputError(f"{path}: not a whole .npy file ({reason}): {again}") from None
     if not isinstance(array, np.ndarray):
         raise InputError(f"{path}: not a .npy file: {again}")
+    with open(path, "rb") as file:
+        start, size = header_size(file.read(12)), os.fstat(file.fileno()).st_size
+    if start + array.nbytes != size:  # a flipped bit of the header's length: all values would be others
+        raise InputError(f"{path}: {size} bytes, {start + array.nbytes} by its header: {again}")
     found = f"{array.dtype.kind}{array.dtype.itemsize}"
     if kinds and found not in kinds.split() and array.dtype.kind not in kinds.split():
         raise InputError(f"{path}: holds {array.dtype}, not {kinds}: {again}")
@@ -39,6 +44,11 @@ def load_npy(path, kinds: str = "", shape: tuple[int | None, ...] | None = None,
         wanted = " x ".join("any" if size is None else str(size) for size in shape)
         raise InputError(f"{path}: of shape {' x '.join(map(str, array.shape))}, not {wanted}: {again}")
     return array
+
+
+def header_size(head: bytes) -> int:
+    """Where the values of a .npy file begin, from its first 12 bytes: magic string, version, length of the header."""
+    return 10 + int.from_bytes(head[8:10], "little") if head[6] == 1 else 12 + int.from_bytes(head[8:12], "little")
 
 
 def check_offsets(path, offsets: np.ndarray, end: int) -> None:

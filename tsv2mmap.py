@@ -42,7 +42,7 @@ from artifact import check_file, check_output_dir, fingerprint, publish, seen_fr
 from progress import progress
 from ragged import Ids, IdWriter, NpyWriter, RaggedWriter
 from text import own_backend, prepare_texts, tokenize
-from tsv import batched, open_bytes, read_id_text, read_rows
+from tsv import batched, open_bytes, read_id_text, read_lines, read_rows
 
 CHUNK = 2000  # texts handed to a worker at a time
 GUESSED = 100  # lines of triples looked at to tell ids from texts
@@ -164,6 +164,8 @@ def convert_texts(path, what: str, writer: TokenWriter, ids: IdWriter, text_rows
         ids.append([identifier for _, identifier, _ in chunk])
         writer.append(texts)
     ids.close()
+    if not writer.n_texts:
+        raise InputError(f"{path}: empty, expected {what}")
     repeated = Ids(ids.path).duplicate()
     if repeated:
         identifier, first, second = repeated
@@ -177,15 +179,16 @@ def guess_format(path, queries, collection, limit: int | None) -> str:
 
     Raises InputError where that cannot be told.
     """
-    if not (queries and collection):
-        return "text"
-    with open_bytes(path, "triples") as file:
-        lines = [
-            line.decode(errors="replace").rstrip("\r\n").split("\t")
-            for line in itertools.islice(file, min(limit or GUESSED, GUESSED))
-        ]
+    lines = [
+        line.split("\t") for _, line in itertools.islice(read_lines(path, "triples"), min(limit or GUESSED, GUESSED))
+    ]
     if any(len(field.split()) > 1 for fields in lines for field in fields):  # ids have no white space
         return "text"
+    if not (queries and collection):
+        raise InputError(
+            f"{path}:1: {lines[0][0] if lines else ''!r} may be an id or a text: give --triples_format text, or, of "
+            "ids, --collection and --queries too"
+        )
     first = {fields[0] for fields in lines}
     known = {"id": 0, "text": 0}
     for _, qid, query in read_id_text(queries, "queries: qid, query"):
@@ -300,6 +303,8 @@ def main(args):
             counts["triples"] = convert_id_triples(args.triples, folder, args.max_triples)
         elif args.triples:
             counts["triples"] = convert_text_triples(args.triples, folder, args.max_triples, tables, writers)
+        if not counts.get("triples", 1):
+            raise InputError(f"{args.triples}: empty, expected triples")
         for kind, writer in writers.items():
             writer.close()
             counts["passages" if kind == "passage" else "queries"] = len(writer.writer)
