@@ -4,6 +4,7 @@ golden/ holds tiny checkpoints saved by the libraries themselves, and what they 
 and with their options changed (golden/variants.json): all written by `python bench/parity.py --golden`.
 """
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import attention
 import layouts
 import model as model_module
+from artifact import read_meta, write_meta
 from cli import InputError
 from encoders import SETTINGS_FILES
 from maxsim import maxsim
@@ -322,6 +324,60 @@ def test_folders_that_are_refused(encoder_dir, colbert, tmp_path):
         ColBERT.from_pretrained(folder)
 
 
+OWN = [
+    ({"skiplists": [1]}, (), "unknown key 'skiplists'"),
+    ({}, ("mask_punctuation",), "key 'mask_punctuation' is missing"),
+    ({}, ("query_marker_id",), "key 'query_marker_id' is missing"),
+    ({}, ("encoder",), "key 'encoder' is missing"),
+    ({"dim": 99}, (), r"the projection should have weights .*\(99, 32\)"),
+    ({"dim": "16"}, (), "dim '16' cannot be honoured here"),
+    ({"query_maxlen": 3}, (), "query_maxlen 3 leaves no room for a word piece"),
+    ({"doc_maxlen": 600}, (), "takes 512 tokens, 600 were asked for"),
+    ({"skiplist": 7}, (), "skiplist '7' cannot be honoured here"),
+    ({"normalize": "no"}, (), "normalize 'no' cannot be honoured here"),
+    ({"dense": [{"in_features": 32}]}, (), "dense .* cannot be honoured here"),
+    ({"encoder": {"model_type": "none"}}, (), "no encoder could be loaded"),
+    ({"encoder": {"model_type": "bert"}}, (), "key 'vocab_size' of the encoder is missing"),
+    ({"auto_map": {"AutoModel": "x.Y"}}, (), "auto_map: it asks for code of its own"),
+]
+
+
+@pytest.mark.parametrize("settings, removed, message", OWN)
+def test_settings_of_our_own_that_are_refused(settings, removed, message, colbert, tmp_path):
+    colbert.save_pretrained(tmp_path)
+    change(tmp_path, "config.json", *removed, **settings)
+    with pytest.raises(InputError, match=message) as caught:
+        ColBERT.from_pretrained(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_settings_that_transformers_writes(colbert, tmp_path):
+    """Of this version and of others; and those of our first version, which had fewer of its own."""
+    colbert.save_pretrained(tmp_path)
+    change(
+        tmp_path, "config.json", torch_dtype="float32", output_attentions=False, tie_word_embeddings=True, id2label={}
+    )
+    assert_same(colbert, ColBERT.from_pretrained(tmp_path))
+    change(tmp_path, "config.json", *layouts.OWN_LATER)
+    assert_same(colbert, ColBERT.from_pretrained(tmp_path))
+    assert layouts.texts_of(tmp_path) == colbert.config.texts()
+
+
+def test_files_of_a_model_folder(colbert, tmp_path):
+    """A file that is not what was written is named before it is read; others may have been left behind."""
+    colbert.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "log.jsonl").write_text("{}")
+    write_meta(tmp_path / "model", "model", "", 0.0, argparse.Namespace())
+    (tmp_path / "model" / "log.jsonl").unlink()
+    assert ColBERT.from_pretrained(tmp_path / "model").meta["kind"] == "model"
+    whole = (tmp_path / "model" / "model.safetensors").read_bytes()
+    (tmp_path / "model" / "model.safetensors").write_bytes(whole[:-4])
+    with pytest.raises(InputError, match=r"model\.safetensors: \d+ bytes, should be \d+"):
+        ColBERT.from_pretrained(tmp_path / "model")
+    colbert.save_pretrained(tmp_path / "model")  # in its place: what the old meta.json says is no longer so
+    assert ColBERT.from_pretrained(tmp_path / "model").meta is None
+
+
 # ------------------------------------------------------------------------------------ the hub, the card, the pipeline
 
 META = {"base_model": "nreimers/MiniLM", "steps": 400, "loss_of_last_100_steps": 0.25, "best_dev_mrr@10": 0.77}
@@ -372,9 +428,37 @@ def test_command_line(colbert, tmp_path):
         succeed(call_stage("layouts.py", *arguments))
         assert layouts.detect(tmp_path / layout) == layout
         assert_same(colbert, ColBERT.from_pretrained(tmp_path / layout))
+        meta = read_meta(tmp_path / layout, "model", "layouts.py", check=True)
+        assert meta["layout"] == layout and meta["steps"] == 400 and meta["args"] == META["args"]
     assert "| steps | 400 |" in (tmp_path / "sentence-transformers" / "README.md").read_text()
+    for again in ("ours", "none", "text"):  # a model that came without a meta.json gets one
+        (tmp_path / "ours" / "meta.json").unlink(missing_ok=True)
+        (tmp_path / "text").write_text("")
+        done = call_stage("layouts.py", "--model", tmp_path / again, "--output_dir", tmp_path / "ours2", "--no-verify")
+        assert (done.returncode == 0) == (again == "ours")
+    assert read_meta(tmp_path / "ours2", "model", "layouts.py", check=True)["layout"] == "nanocolbert"
     failed = call_stage("layouts.py", "--model", tmp_path / "none", "--output_dir", tmp_path / "x")
     assert failed.returncode == 2 and failed.stderr.startswith("layouts.py: error:") and not (tmp_path / "x").exists()
+
+
+def test_command_line_refuses(colbert, tmp_path, monkeypatch):
+    """Before a model is loaded: to write where it reads, over what is not a model, and what checksums tell apart."""
+    colbert.save_pretrained(tmp_path / "model")
+    write_meta(tmp_path / "model", "model", "", 0.0, argparse.Namespace())
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("")
+    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+    (tmp_path / "model" / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    monkeypatch.setattr(ColBERT, "from_pretrained", None)
+    for output, message in (
+        ("model", "model: holds what is read"),
+        (".", "holds what is read"),
+        ("notes", "holds what is no model folder"),
+        ("new", "model.safetensors: damaged within bytes"),
+    ):
+        done = call_stage("layouts.py", "--model", tmp_path / "model", "--output_dir", tmp_path / output, "--verify")
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "notes"]
 
 
 def test_stages_with_a_checkpoint_of_another_library(toy_dir, encoder_dir, tmp_path):
