@@ -37,7 +37,8 @@ def load_npy(path, kinds: str = "", shape: tuple[int | None, ...] | None = None,
     if start + array.nbytes != size:  # a flipped bit of the header's length: all values would be others
         raise InputError(f"{path}: {size} bytes, {start + array.nbytes} by its header: {again}")
     found = f"{array.dtype.kind}{array.dtype.itemsize}"
-    if kinds and found not in kinds.split() and array.dtype.kind not in kinds.split():
+    is_wanted = not kinds or found in kinds.split() or array.dtype.kind in kinds.split()
+    if not is_wanted or not array.dtype.isnative:
         raise InputError(f"{path}: holds {array.dtype}, not {kinds}: {again}")
     fits = shape is None or len(shape) == array.ndim
     if not fits or any(want not in (None, size) for want, size in zip(shape or (), array.shape, strict=False)):

@@ -542,7 +542,7 @@ def check_output(args) -> None:
     """Raise InputError if the run file cannot be written, or is a part of what is read."""
     target = check_output_file(args.output, args.queries, args.candidates, args.index_dir, args.model)
     for folder in (args.index_dir, args.model):
-        if folder.resolve() in target.parents:
+        if (folder / "meta.json").exists() and folder.resolve() in target.parents:
             raise InputError(f"{args.output}: inside {folder}, which is read: give another --output")
 
 

@@ -1,8 +1,14 @@
 """Codec: compressed passages score as their decoded vectors do, and these are near the embeddings."""
 
+import os
+import pickle
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import codec as codec_module
 import kernels
@@ -236,3 +242,22 @@ def test_refusals():
         Codec.train(values, lengths, 2, 10**6, seed=0)
     with pytest.raises(InputError, match="3 bits"):
         Codec.train(values, lengths, 3, 4, seed=0)
+
+
+def test_no_array_is_freed_while_its_address_is_used(tmp_path):
+    """Where every array is a mapping of its own, which is gone once it is freed, a use of it ends the process."""
+    codec = Codec.train(*make_passages(300, 1), 2, NLIST, seed=0)
+    codes, tables, book = codec.encode(*make_passages(5, 2)), codec.tables(make_query(LANES, 3)), codec.books[0]
+    score = (np.arange(5), *codes[:2], offsets_of(codec, codes), codes.sizes, codec.M, tables.centroids, *tables.books)
+    vectors, codes = np.ones((3, DIM), np.float32), np.zeros((3, sum(map(len, book.codewords))), np.uint8)
+    quantise = (vectors, book.columns, *book.codewords, *book.edges, book.within, 8, codes, np.stack([vectors] * 2))
+    with open(tmp_path / "calls", "wb") as file:
+        pickle.dump({"score_fine": (*score, codec.factors, np.zeros(5, np.int32)), "quantise": quantise}, file)
+    program = (
+        "import pickle, sys, kernels\n"
+        "for name, arguments in pickle.load(open(sys.argv[1], 'rb')).items(): getattr(kernels, name)(*arguments)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "calls"], cwd=ROOT, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "64"}
+    )
+    assert done.returncode == 0

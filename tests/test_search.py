@@ -1,5 +1,6 @@
 """The compressed index: steps against plain ones, changes against a dictionary, and kills in the middle of changes."""
 
+import argparse
 import itertools
 import json
 import multiprocessing
@@ -17,13 +18,15 @@ from test_codec import NLIST, decode_all, make_passages, make_query
 
 import kernels
 import search
+from artifact import read_meta, verify, write_meta
 from cli import InputError
 from codec import Codec
+from gpu_search import GpuIndex
 from kernels import LANES
 from knobs import QUALITY, Effort, effort_for
 from maxsim import maxsim_packed
 from retrieve import Searcher
-from search import CompressedIndex, add, compact, create, delete
+from search import CompressedIndex, add, compact, create, delete, highest, read_state, top
 
 EVERYTHING = Effort(NLIST, 10**6, 10**6, 10**6)
 
@@ -201,6 +204,216 @@ def test_an_index_can_be_emptied(codec, tmp_path):
     compact(folder)
     add(folder, [block(4, 3)])
     assert len(CompressedIndex(folder).search(make_query(4, 1), 3, effort_for("fast", 3))[0]) == 3
+
+
+def change(path: Path, edit) -> None:
+    """Put another array in place of a .npy file, which others may have linked."""
+    array = np.load(path)
+    path.unlink()
+    np.save(path, edit(array))
+
+
+def put(at, value):
+    def edit(array: np.ndarray) -> np.ndarray:
+        array[at] = value
+        return array
+
+    return edit
+
+
+@pytest.fixture(scope="module")
+def kept_dir(tmp_path_factory, codec) -> Path:
+    """An index with vectors, origins and deleted passages."""
+    folder = make_index(tmp_path_factory.mktemp("kept") / "index", codec, block(200, 2), vectors=True)
+    compact(folder)
+    delete(folder, ["2-3"])
+    return folder
+
+
+SEGMENT = "segments/2/"
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        (SEGMENT + "offsets.npy", put((7, 0), 1 << 40)),
+        (SEGMENT + "offsets.npy", put((7, 1), -5)),
+        (SEGMENT + "offsets.npy", lambda offsets: offsets[:-1]),
+        (SEGMENT + "offsets.npy", lambda offsets: offsets + 1),
+        (SEGMENT + "offsets.npy", lambda offsets: offsets.astype(np.uint64)),
+        (SEGMENT + "sizes.npy", put((7, 0), 40_000)),
+        (SEGMENT + "sizes.npy", put(7, 0)),
+        (SEGMENT + "sizes.npy", lambda sizes: sizes[::-1].copy()),
+        (SEGMENT + "coarse.npy", lambda codes: codes[:-1]),
+        (SEGMENT + "fine.npy", lambda codes: np.append(codes, codes[:1])),
+        (SEGMENT + "starts.npy", put((0, 3), 1 << 40)),
+        (SEGMENT + "starts.npy", put((0, 3), -1)),
+        (SEGMENT + "starts.npy", lambda starts: starts[:, :-1]),
+        (SEGMENT + "starts.npy", lambda starts: np.concatenate([starts, starts])),
+        (SEGMENT + "lists.npy", lambda lists: lists[:-1]),
+        (SEGMENT + "alive-3.npy", lambda alive: alive[:-1]),
+        (SEGMENT + "alive-3.npy", lambda alive: alive.astype(np.int8)),
+        (SEGMENT + "origins.npy", lambda origins: origins[:-1]),
+        (SEGMENT + "vectors.npy", lambda vectors: vectors[:-1]),
+        (SEGMENT + "vectors.npy", lambda vectors: vectors.astype(">f2")),
+        (SEGMENT + "pids.npy", lambda pids: pids[:0]),
+        ("centroids.npy", put((3, 3), np.nan)),
+        ("centroids.npy", lambda centroids: centroids[:-1]),
+        ("centroids.npy", lambda centroids: centroids[:, :-1]),
+        ("rotation.npy", lambda rotation: rotation[:, :-1]),
+        ("norms.npy", lambda norms: norms[:2]),
+        ("representative_columns.npy", put(0, 1)),
+        ("follower_fine.npy", lambda words: words[:-1]),
+        ("representative_coarse.npy", lambda words: words[:, :, :-1]),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused_on_opening(kept_dir, tmp_path, name, edit):
+    """Each by itself, as a flipped bit or another index's file would have it: the loops trust addresses."""
+    folder = shutil.copytree(kept_dir, tmp_path / "index")
+    change(folder / name, edit)
+    with pytest.raises(InputError):
+        CompressedIndex(folder)  # by sizes, where they tell
+    state = json.loads((folder / "state.json").read_text())
+    del state["checksum"], state["segments"][0]["files"]
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(InputError) as error:
+        CompressedIndex(folder)
+    assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("open_index", [CompressedIndex, lambda folder: GpuIndex(folder, "cpu")])
+def test_what_codes_name_is_bounded(codec, tmp_path, open_index):
+    """Centroids, parents and list entries that are none: other results, but no other memory."""
+    folder, effort = make_index(tmp_path / "index", codec, block(100, 2)), Effort(NLIST, 50, 30, 30)
+    add(folder, [block(80, 3)])
+    for name in ("coarse", "fine", "lists"):
+        change(folder / f"segments/1/{name}.npy", lambda array: np.full_like(array, np.iinfo(array.dtype).max))
+    index, query = open_index(folder), make_query(8, 1)
+    before, scores = index.search(query, 10, effort)
+    assert len(before) == 10 and np.isfinite(scores).all()
+    assert len(index.rank(query, np.arange(180), 180, by_codes=True)[0]) == 180
+    after = index.search(query, 10, effort)[0]  # nothing of it is left behind
+    assert before.tolist() == after.tolist()
+
+
+def test_what_is_listed_is_there(kept_dir, tmp_path):
+    for name in ("vectors.npy", "origins.npy", "alive-3.npy", "lists.npy"):
+        folder = shutil.copytree(kept_dir, tmp_path / name)
+        (folder / SEGMENT / name).unlink()
+        with pytest.raises(InputError, match=f"{name}: missing"):
+            CompressedIndex(folder)
+    (folder / "state.json").write_text((folder / "state.json").read_text().replace('"version": 3', '"version": 4'))
+    with pytest.raises(InputError, match=r"state\.json: damaged"):
+        CompressedIndex(folder)
+    (folder / "state.json").write_text('{"version": 3}')
+    with pytest.raises(InputError, match=r"state\.json: not the state of an index"):
+        CompressedIndex(folder)
+
+
+def make_old(folder: Path) -> None:
+    """As indexes were before state.json listed files."""
+    state = json.loads((folder / "state.json").read_text())
+    del state["checksum"]
+    for entry in state["segments"]:
+        del entry["files"]
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def test_an_old_index_opens_and_changes(kept_dir, tmp_path):
+    folder = shutil.copytree(kept_dir, tmp_path / "index")
+    make_old(folder)
+    index, query = CompressedIndex(folder), make_query(6, 1)
+    assert index.keeps_vectors and np.array_equal(index.origin(np.arange(5)), np.arange(5))
+    before = index.search(query, 10, EVERYTHING)
+    assert np.array_equal(CompressedIndex(kept_dir).search(query, 10, EVERYTHING)[0], before[0])
+    delete(folder, ["2-5"])
+    add(folder, [block(3, 3)])
+    assert ["files" in entry for entry in read_state(folder)["segments"]] == [False, True]
+    (folder / SEGMENT / "vectors.npy").unlink()
+    with pytest.raises(InputError, match=r"vectors\.npy: missing"):  # one segment has them, one does not
+        CompressedIndex(folder)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_vectors_that_vanish_while_an_index_is_opened(kept_dir, tmp_path, monkeypatch, is_old):
+    """A compaction beside a reader: it never finds an index that keeps none."""
+    folder, calls = shutil.copytree(kept_dir, tmp_path / "index"), []
+    if is_old:
+        make_old(folder)
+
+    def read_then_compact(where) -> dict:
+        state = read_state(where)
+        calls.append(state["version"])
+        if len(calls) == 1:
+            with monkeypatch.context() as patch:  # half of the old segment is removed
+                patch.setattr(search, "read_state", read_state)
+                patch.setattr("search.shutil.rmtree", lambda path: (Path(path) / "vectors.npy").unlink())
+                compact(where)
+        return state
+
+    monkeypatch.setattr(search, "read_state", read_then_compact)
+    index = CompressedIndex(folder)
+    assert calls[0] == 3 and index.state["version"] == 4 and index.keeps_vectors
+
+
+def test_checksums_of_segments(kept_dir, tmp_path):
+    folder = shutil.copytree(kept_dir, tmp_path / "index")
+    write_meta(folder, "index", "x", time.time(), argparse.Namespace(), also=("segments", "state.json", "lock"))
+    assert verify(folder) > 0 and not any("/" in name for name in read_meta(folder, "index", "build_index.py")["files"])
+    change(folder / SEGMENT / "fine.npy", put(9, 7))
+    CompressedIndex(folder)
+    with pytest.raises(InputError, match=r"fine\.npy: damaged"):
+        verify(folder)
+
+
+def test_a_planted_lock_is_not_followed(codec, tmp_path):
+    folder = make_index(tmp_path / "index", codec, block(5, 2))
+    (tmp_path / "precious").write_text("precious")
+    (folder / "lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(InputError, match="a symbolic link, which is not followed"):
+        compact(folder)
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_damaged_codes_are_not_compacted(codec, tmp_path):
+    folder = make_index(tmp_path / "index", codec, block(20, 2))
+    change(folder / "segments/1/coarse.npy", put(slice(None), 255))
+    with pytest.raises(InputError, match="damaged codes"):
+        compact(folder)
+    assert read_state(folder)["version"] == 1 and len(CompressedIndex(folder)) == 20
+
+
+def test_equal_scores_in_the_order_of_position():
+    rng = np.random.default_rng(0)
+    for n in (1, 5, 40, 99):
+        for dtype in (np.float32, np.int32):
+            scores = rng.integers(0, 6, 100).astype(dtype)
+            first = np.argsort(-scores, kind="stable")[:n]
+            assert highest(scores, n).tolist() == sorted(first)
+            rows, found = top(np.arange(100), scores, n)
+            assert rows.tolist() == first.tolist() and np.array_equal(found, scores[first])
+    with pytest.raises(InputError, match="not a number"):
+        top(np.arange(3), np.array([1, np.nan, 2], np.float32), 2)
+
+
+@pytest.mark.parametrize("open_index", [CompressedIndex, lambda folder: GpuIndex(folder, "cpu")])
+@pytest.mark.parametrize("vectors", [False, True])
+def test_of_equal_passages_the_first_are_found(codec, tmp_path, open_index, vectors):
+    values, lengths, _ = block(1, 2)
+    same = (np.tile(values, (40, 1)), np.tile(lengths, 40), [f"p{i}" for i in range(40)])
+    index, query = open_index(make_index(tmp_path / "index", codec, same, vectors=vectors)), make_query(8, 1)
+    for k in (1, 7, 39):
+        for effort in (Effort(2, k, k, k), Effort(2, 38, 20, 10), EVERYTHING):
+            assert index.search(query, k, effort)[0].tolist() == list(range(k))
+        assert index.rank(query, np.arange(40), k, by_codes=not vectors)[0].tolist() == list(range(k))
+
+
+def test_compiled_without_a_folder_to_write_to():
+    names = {"kernels": kernels}
+    exec(compile("def double(x):\n    return 2 * x", "/nowhere/loops.py", "exec"), names)
+    with pytest.raises(RuntimeError, match="no locator available"):
+        kernels.njit(cache=True)(names["double"])
+    assert kernels.compiled()(names["double"])(21) == 42
 
 
 def change_for_ever(folder: Path, ready) -> None:
