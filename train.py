@@ -314,7 +314,6 @@ def save_checkpoint(
                 model.tokenizer.save_pretrained(partial)
                 facts = {"processes": accelerator.num_processes, "device": accelerator.device.type}
                 write_json(partial / "run.json", {**settings, **facts, "files": sums_of(partial)}, summed=True)
-            retire(final)
             partial.rename(final)
             for old in list_checkpoints(folder)[:-keep]:
                 retire(old)
@@ -326,11 +325,10 @@ def save_checkpoint(
 
 
 def retire(checkpoint: Path) -> None:
-    """Remove a checkpoint, if it is there; renamed first: half removed, it is none."""
-    if checkpoint.exists():
-        removed = checkpoint.with_name(f"{checkpoint.name}.removed")
-        checkpoint.rename(removed)
-        shutil.rmtree(removed)
+    """Remove a checkpoint; renamed first: half removed, it is none."""
+    removed = checkpoint.with_name(f"{checkpoint.name}.removed")
+    checkpoint.rename(removed)
+    shutil.rmtree(removed)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -362,9 +360,15 @@ def save_model(model: ColBERT, folder: Path, meta: dict) -> None:
 
 
 def check_trained(model: ColBERT, step: int) -> None:
-    """Raise InputError naming the step if a weight is not finite."""
+    """Raise InputError naming the step if a weight, or an embedding of an empty query, is not finite."""
+    what = f"the model after step {step}"
     try:
-        check_weights(model, f"the model after step {step}")
+        check_weights(model, what)
+        model.eval()  # draws nothing
+        with torch.inference_mode():
+            if not model.embed_queries(model.frame_queries(np.zeros(0, np.int32), np.zeros(1, int))).isfinite().all():
+                raise InputError(f"{what}: its embeddings are NaN or infinity")
+        model.train()
     except InputError as error:
         raise InputError(f"{error}: nothing of it was saved: lower --lr, or use --mixed_precision bf16") from None
 
@@ -431,7 +435,7 @@ def wandb_mode(asked: str) -> str:
 
 def start_wandb(accelerator: Accelerator, args) -> None:
     """Begin a run of wandb, offline if it cannot be reached."""
-    limits = {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "60"}  # seconds
+    limits = {"WANDB_INIT_TIMEOUT": "20", "WANDB_FINISH_TIMEOUT": "30"}  # seconds
     for name, value in {"WANDB_SILENT": "true", **limits}.items():
         os.environ.setdefault(name, value)
     options = {"dir": str(args.output_dir), "mode": wandb_mode(args.wandb_mode)}
@@ -441,6 +445,7 @@ def start_wandb(accelerator: Accelerator, args) -> None:
         if options["mode"] != "online":
             raise InputError(f"wandb does not start: {first_line(error)}: give --wandb_mode disabled") from None
         cli.say(f"wandb: {first_line(error)}: going on offline")
+        accelerator.trackers.clear()
         accelerator.init_trackers(args.wandb_project, plain_args(args), {"wandb": {**options, "mode": "offline"}})
 
 
@@ -590,9 +595,10 @@ def make_optimizer(model: ColBERT, args):
 class Log:
     """log.jsonl, the progress bar and wandb: the loss of every step, transferred and averaged once for many steps."""
 
-    def __init__(self, accelerator: Accelerator, args, step: int, signals: list[int]):
+    def __init__(self, accelerator: Accelerator, args, step: int):
         self.accelerator, self.args, self.path = accelerator, args, args.output_dir / "log.jsonl"
-        self.losses, self.step, self.clock, self.is_first, self.signals = [], step, time.time(), True, signals
+        self.losses, self.step, self.clock, self.is_first = [], step, time.time(), True
+        self.signals = []  # that this process was sent
         self.best_mrr, self.measured = 0.0, 0  # the best MRR@10 so far, and the last step at which it was measured
         if accelerator.is_main_process:
             lines = [line for line in read_log(self.path) if line["step"] <= step] if step else []
@@ -810,7 +816,7 @@ def fit(accelerator: Accelerator, args, started: float) -> dict | None:
     data = Triples(args.tokens_dir, args.batch_size, args.seed if args.shuffle else None)
     data.check()
     step, stop = resume(accelerator, model, args, settings) if args.resume else 0, 0
-    log = Log(accelerator, args, step, cli.stop_softly())
+    log = Log(accelerator, args, step)
     tokens_per_batch = TRAIN_TOKENS_PER_BATCH.get(accelerator.device.type, 1 << 14)
     packed = packable(model.encoder, accelerator.device, COMPUTE_DTYPES[accelerator.mixed_precision])
 
@@ -826,7 +832,7 @@ def fit(accelerator: Accelerator, args, started: float) -> dict | None:
     if dev_set and log.measured < step and step % args.eval_steps == 0 and accelerator.is_main_process:
         keep_if_best(model, dev_set, log, args.output_dir)  # stopped before it was measured
     accelerator.wait_for_everyone()
-    clock = time.time()
+    log.signals, clock = cli.stop_softly(), time.time()
     with ThreadPoolExecutor(1) as loader:  # builds the next batch while this one computes
         upcoming = loader.submit(micro_batches, step)
         while step < args.max_steps and not stop:

@@ -38,15 +38,25 @@ def run_stage_cli(script, *arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)
 
 
-def launch_cli(n_processes: int, script, *arguments) -> subprocess.CompletedProcess:
-    """Run a script under `accelerate launch`; without a GPU to be seen the processes talk by gloo.
+def launch_command(n_processes: int, script, *arguments, **settings) -> list[str]:
+    """`accelerate launch` of a script, which wants no GPU to be seen to talk by gloo (see `without_gpus`).
 
-    (--multi_gpu is what makes several processes: `accelerate launch --cpu --num_processes 2` starts one.)
+    --multi_gpu is what makes several processes: `accelerate launch --cpu --num_processes 2` starts one. settings: more
+    flags of the launcher, as of several machines.
     """
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", n_processes, "--num_machines", 1)
-    settings = ("--main_process_port", 0, "--mixed_precision", "no", "--dynamo_backend", "no")
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    return run_stage_cli(*launcher, *settings, script, *arguments, env=environment)
+    settings = {"num_machines": 1, "main_process_port": 0, "mixed_precision": "no", "dynamo_backend": "no"} | settings
+    flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", n_processes, *flags)
+    return [sys.executable, *map(str, (*launcher, script, *arguments))]
+
+
+def without_gpus() -> dict[str, str]:
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def launch_cli(n_processes: int, script, *arguments, **settings) -> subprocess.CompletedProcess:
+    """Run a script under `accelerate launch`."""
+    return run_stage_cli(*launch_command(n_processes, script, *arguments, **settings)[1:], env=without_gpus())
 
 
 def threads_for_workers(n: int, context, initializer, settings) -> ThreadPoolExecutor:

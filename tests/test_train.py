@@ -1,23 +1,45 @@
 """Training: the loss against plain Python, and the same losses however the steps were computed."""
 
+import itertools
 import json
 import math
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TRAIN_STEPS, call_stage, launch_cli, succeed, toy_inputs
+from conftest import ROOT, TRAIN_STEPS, call_stage, succeed, toy_inputs
+from safetensors.torch import load_file, save_file
 from transformers import BertTokenizerFast
 
+import cli
+import train as train_stage
+from artifact import SUM, check_output_dir, check_sums, lock, read_json, read_meta, verify
+from cli import InputError
 from compute import mixed_precision
 from model import ColBERT, model_fingerprint
-from train import Triples, collate, list_checkpoints, read_log, save_model, triples_loss, wandb_mode
+from train import (
+    Triples,
+    check_same_draws,
+    collate,
+    drops,
+    list_checkpoints,
+    read_log,
+    save_checkpoint,
+    save_model,
+    start_wandb,
+    triples_loss,
+    wandb_mode,
+    with_dropout,
+)
 
 
 def losses(folder) -> list[float]:
@@ -165,13 +187,6 @@ def test_a_model_comes_out(model_dir, encoder_dir):
     assert len(changed) > 20 and sum(changed) > len(changed) - 3  # position embeddings past the longest text and such
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_same_losses_by_processes(model_dir, train_arguments, tmp_path, processes):
-    done = succeed(launch_cli(processes, "train.py", *train_arguments, "--output_dir", tmp_path / "model"))
-    assert json.loads(done.stdout.splitlines()[-1])["processes"] == processes
-    assert losses(tmp_path / "model") == pytest.approx(losses(model_dir), rel=1e-4)
-
-
 @pytest.mark.parametrize("parts", [2, 4])
 def test_same_losses_by_accumulation(model_dir, train_arguments, tmp_path, parts):
     found = train(train_arguments, tmp_path / "model", "--gradient_accumulation_steps", parts)
@@ -281,6 +296,28 @@ def test_evaluation_while_training(train_arguments, toy_dir, tmp_path):
 def test_training_goes_on_from_a_model(model_dir, train_arguments, tmp_path):
     found = train(train_arguments, tmp_path / "model", "--base_model", model_dir)
     assert np.mean(found) < np.mean(losses(model_dir))
+    args = json.loads((tmp_path / "model/meta.json").read_text())["args"]
+    assert (args["dim"], args["mask_punctuation"], args["projection"]) == (16, True, None)
+
+
+def test_flags_of_a_new_model_say_nothing_to_another(model_dir, train_arguments, tmp_path):
+    for flags in (("--dim", 8), ("--no-mask_punctuation",), ("--projection", "orthogonal")):
+        message = refused(train_arguments, tmp_path / "model", "--base_model", model_dir, *flags)
+        assert f"error: {' '.join(map(str, flags))}: " in message and "is a ColBERT already" in message
+
+
+def test_dropout_of_a_model_to_go_on_from(model_dir, train_arguments, tmp_path):
+    found = [
+        train(train_arguments, tmp_path / name, "--base_model", model_dir, "--dropout", rate)
+        for name, rate in (("a", 0.0), ("b", 0.5))
+    ]
+    assert found[0] != pytest.approx(found[1], rel=1e-3)
+    model = ColBERT.from_pretrained(model_dir)
+    batch = model.frame_queries(*model.tokenize(["apple"], "query"))
+    changed = with_dropout(model, 0.25, 0.5)
+    assert torch.equal(changed.eval().embed(batch), model.embed(batch)) and drops(changed) and not drops(model)
+    rates = (changed.encoder.config.hidden_dropout_prob, changed.encoder.config.attention_probs_dropout_prob)
+    assert rates == (0.25, 0.5) and changed.encoder.embeddings.dropout.p == 0.25
 
 
 def test_principal_projection(train_arguments, tmp_path):
@@ -321,6 +358,424 @@ def test_another_tokenizer(train_arguments, encoder_dir, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize(
+    "flag, values",
+    [
+        ("--dim", ["0", "-1", "1.5"]),
+        ("--max_steps", ["-1", "nan"]),
+        ("--batch_size", ["0"]),
+        ("--gradient_accumulation_steps", ["0"]),
+        ("--lr", ["0", "-1e-3", "inf", "nan"]),
+        ("--warmup_steps", ["-1"]),
+        ("--weight_decay", ["-1", "inf"]),
+        ("--max_grad_norm", ["-1", "nan"]),
+        ("--dropout", ["1", "-0.1", "nan"]),
+        ("--attention_dropout", ["1", "1.5"]),
+        ("--seed", ["-1", "4294967296"]),
+        ("--save_steps", ["0"]),
+        ("--keep_checkpoints", ["0"]),
+        ("--log_steps", ["0"]),
+        ("--eval_steps", ["0"]),
+        ("--dev_depth", ["0"]),
+    ],
+)
+def test_numbers(train_arguments, tmp_path, flag, values):
+    for value in values:
+        done = call_stage("train.py", *train_arguments, "--output_dir", tmp_path / "model", f"{flag}={value}")
+        assert done.returncode == 2 and f"argument {flag}: '{value}' is not" in done.stderr.splitlines()[-1]
+
+
+def damaged_tokens(tokens_dir, folder, name: str, change) -> Path:
+    """A copy of the tokens, as of before there were checksums, one array of it changed."""
+    shutil.copytree(tokens_dir, folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({key: meta[key] for key in meta if key not in ("files", SUM)}))
+    array = np.load(folder / name)
+    np.save(folder / name, change(array))
+    return folder
+
+
+def put(array, place, value):
+    array[place] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    "name, change, said",
+    [
+        ("triples.npy", lambda a: put(a, (5, 0), 16), "triple 5 is [16, "),
+        ("triples.npy", lambda a: put(a, (63, 2), 40), "of 16 queries and 40 passages: run tsv2mmap.py again"),
+        ("triples.npy", lambda a: put(a, (0, 1), -1), "triple 0 is ["),
+        ("triples.npy", lambda a: a.astype(np.float32), "triples.npy: holds float32"),
+        ("triples.npy", lambda a: a[:, 0], "triples.npy: of shape 64"),
+        ("triples.npy", lambda a: a[:0], "holds no triples"),
+        ("passages/values.npy", lambda a: put(a, slice(None), 9999), "holds word piece 9999, the model knows"),
+    ],
+)
+def test_damaged_tokens(tokens_dir, train_arguments, tmp_path, name, change, said):
+    folder = damaged_tokens(tokens_dir, tmp_path / "tokens", name, change)
+    assert said in refused(train_arguments, tmp_path / "model", "--tokens_dir", folder)
+
+
+def test_verify_reads_the_checksums(tokens_dir, model_dir, train_arguments, tmp_path):
+    for source, file, flag in ((tokens_dir, "triples.npy", "--tokens_dir"), (model_dir, "config.json", "--base_model")):
+        shutil.copytree(source, tmp_path / source.name)
+        content = (source / file).read_bytes()
+        (tmp_path / source.name / file).write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        message = refused(train_arguments, tmp_path / "out", flag, tmp_path / source.name, "--verify")
+        assert file in message and not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- where it goes
+
+
+def test_outputs_that_are_not_ours(tokens_dir, train_arguments, encoder_dir, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/notes.txt").write_text("mine")
+    shutil.copytree(tokens_dir, tmp_path / "tokens")
+    shutil.copytree(encoder_dir, tmp_path / "encoder")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name, said in (
+        ("file", "a file, not a folder"),
+        ("file/sub", "Not a directory"),
+        ("folder", "holds what no training wrote (notes.txt)"),
+        ("tokens", "holds 'tokens'"),
+        ("encoder", "holds what no training wrote"),
+    ):
+        for flags in ((), ("--resume",)):
+            assert said in refused(train_arguments, tmp_path / name, *flags)
+    assert "holds what is read" in refused(train_arguments, tmp_path / "tokens", "--tokens_dir", tmp_path / "tokens")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_link_is_followed(train_arguments, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    train(train_arguments, tmp_path / "link", "--max_steps", 1)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there/meta.json").is_file()
+
+
+def test_two_trainings_at_once(train_arguments, tmp_path):
+    (tmp_path / "model").mkdir()
+    held = lock(tmp_path / "model", "", os.O_RDONLY)
+    assert "another process is writing it" in refused(train_arguments, tmp_path / "model")
+    os.close(held)
+    train(train_arguments, tmp_path / "model", "--max_steps", 1)
+
+
+def test_files_of_a_model(train_arguments, tmp_path):
+    """What a model consists of is listed and summed, readable by others, and not replaced as if it were all."""
+    train(train_arguments, tmp_path / "model", "--save_steps", 4)
+    meta = read_meta(tmp_path / "model", "model", "train.py", check=True)
+    assert set(meta["files"]) == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in filter(Path.is_file, (tmp_path / "model").rglob("*")):
+        assert stat.S_IMODE(path.stat().st_mode) & ~0o111 == 0o666 & ~mask, path
+    with pytest.raises(InputError, match="is not a part of it"):
+        check_output_dir(tmp_path / "model", "model")
+
+
+# ----------------------------------------------------------------------------------------------------------- stopping
+
+
+class Stopping(train_stage.Log):
+    """A log whose training is sent a signal while it computes step 5."""
+
+    number = signal.SIGTERM
+
+    def add(self, loss):
+        super().add(loss)
+        if self.step + len(self.losses) == 5:
+            self.signals.append(self.number)
+
+
+STOPPED = ("--dropout", 0.1, "--log_steps", 3, "--shuffle", "--warmup_steps", 3, "--mixed_precision", "no")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_resumed(train_arguments, toy_dir, tmp_path, monkeypatch, number):
+    """A signal saves a checkpoint, from which --resume goes on to the very same bytes, and to the same evaluations."""
+    names = ("queries", "qrels", "candidates")
+    flags = [*train_arguments, *STOPPED, *(part for n in names for part in (f"--dev_{n}", toy_dir / f"{n}.tsv"))]
+    flags += ["--eval_steps", 5]
+    with monkeypatch.context() as patch:
+        patch.setattr(Stopping, "number", number)
+        patch.setattr(train_stage, "Log", Stopping)
+        patch.setattr(cli, "stop_softly", list)
+        done = call_stage("train.py", *flags, "--output_dir", tmp_path / "a")
+    assert (
+        done.returncode == 128 + number and "after step 5, which is saved: go on with" in done.stderr.splitlines()[-1]
+    )
+    assert number.name in done.stderr and not (tmp_path / "a/meta.json").exists()
+    assert [path.name for path in list_checkpoints(tmp_path / "a/checkpoints")] == ["step-0000005"]
+    assert not (tmp_path / "a/best").exists()  # it ends at once: to be measured later
+    train(flags, tmp_path / "a", "--resume")
+    train(flags, tmp_path / "b")
+    for name in ("model.safetensors", "log.jsonl", "best/model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+# -------------------------------------------------------------------------------------------------- damaged checkpoints
+
+
+@pytest.fixture(scope="module")
+def stopped(train_arguments, tmp_path_factory) -> Path:
+    """The folder of a training that was cut off after step 6, with checkpoints of 3 and 6."""
+    folder = tmp_path_factory.mktemp("stopped") / "model"
+    train(train_arguments, folder, *STOPPED, "--save_steps", 3)
+    (folder / "meta.json").unlink()
+    return folder
+
+
+def as_before(checkpoint: Path) -> None:
+    """Make a checkpoint one from before there were checksums."""
+    saved = json.loads((checkpoint / "run.json").read_text())
+    new = ("files", "processes", "device", SUM)
+    (checkpoint / "run.json").write_text(json.dumps({key: saved[key] for key in saved if key not in new}))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+PARTS = ("model.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "run.json")
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, cut, flip, lambda path: path.write_bytes(b"")])
+def test_damaged_checkpoints(stopped, train_arguments, tmp_path, harm):
+    """Each file of a checkpoint, by name, with what to do; then that is done."""
+    for name in PARTS:
+        shutil.copytree(stopped, tmp_path / name)
+        harm(tmp_path / name / "checkpoints/step-0000006" / name)
+        message = refused(train_arguments, tmp_path / name, *STOPPED, "--resume")
+        assert f"step-0000006/{name}" in message
+        assert "step-0000006, then --resume goes on from step-0000003" in message
+    shutil.rmtree(tmp_path / name / "checkpoints/step-0000006")
+    train(train_arguments, tmp_path / name, *STOPPED, "--resume")
+    assert (tmp_path / name / "model.safetensors").read_bytes() == (stopped / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, cut, lambda path: path.write_bytes(b"x" * 999)])
+def test_damaged_checkpoints_of_before(stopped, train_arguments, tmp_path, harm):
+    for name in PARTS[:-1]:
+        shutil.copytree(stopped, tmp_path / name)
+        as_before(tmp_path / name / "checkpoints/step-0000006")
+        harm(tmp_path / name / "checkpoints/step-0000006" / name)
+        message = refused(train_arguments, tmp_path / name, *STOPPED, "--resume")
+        assert "step-0000006" in message and "then --resume goes on from step-0000003" in message
+
+
+def test_a_checkpoint_of_before_goes_on(stopped, train_arguments, tmp_path):
+    shutil.copytree(stopped, tmp_path / "model")
+    as_before(tmp_path / "model/checkpoints/step-0000006")
+    train(train_arguments, tmp_path / "model", *STOPPED, "--resume")
+    assert (tmp_path / "model/model.safetensors").read_bytes() == (stopped / "model.safetensors").read_bytes()
+
+
+def test_a_checkpoint_of_before_on_a_colbert(model_dir, train_arguments, tmp_path):
+    """Flags that once said nothing are recorded there: they are no other run, but those that say something now are."""
+    flags = (*train_arguments, "--base_model", model_dir)
+    flags = [flag for i, flag in enumerate(flags) if "--dropout" not in flags[max(0, i - 1) : i + 1]]
+    train(flags, tmp_path / "model", "--save_steps", 4)
+    (tmp_path / "model/meta.json").unlink()
+    checkpoint = tmp_path / "model/checkpoints/step-0000004"
+    as_before(checkpoint)
+    saved = json.loads((checkpoint / "run.json").read_text())
+    saved |= {"dim": 128, "projection": "principal", "dropout": 0.1, "attention_dropout": 0.0}
+    (checkpoint / "run.json").write_text(json.dumps(saved))
+    message = refused(flags, tmp_path / "model", "--resume", "--dropout", 0.1)
+    assert "trained with dropout None, now 0.1" in message
+    train(flags, tmp_path / "model", "--resume")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def test_nothing_pickled_is_run(stopped, train_arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in PARTS[1:-1]:
+        shutil.copytree(stopped, tmp_path / name)
+        as_before(tmp_path / name / "checkpoints/step-0000006")
+        torch.save(Evil(), tmp_path / name / "checkpoints/step-0000006" / name)
+        assert "cannot be loaded" in refused(train_arguments, tmp_path / name, *STOPPED, "--resume")
+        assert not (tmp_path / "evil").exists()
+
+
+def test_other_processes_or_devices_are_another_run():
+    def check(processes, device, in_batch, drops, now=2):
+        device_now = torch.device("cpu")
+        accelerator = SimpleNamespace(num_processes=now, device=device_now)
+        check_same_draws(accelerator, Path("step-1"), processes, device, in_batch, drops)
+
+    for same in ((2, "cpu", True, True), (2, None, True, True), (1, "cuda", False, False), (4, "cpu", False, False)):
+        check(*same)
+    for other, said in (
+        ((1, "cpu", True, False), r"trained by 1 process\(es\), now 2, which would draw other negatives"),
+        ((4, None, False, True), r"trained by 4 process\(es\), now 2, which would draw other dropout"),
+        ((2, "cuda", False, True), "trained on cuda, now on cpu, which would draw other dropout"),
+    ):
+        with pytest.raises(InputError, match=said):
+            check(*other)
+
+
+def test_a_damaged_log(stopped, train_arguments, tmp_path):
+    for line in ('{"step": "x", "loss": 1}', "[]", "{", "", "\0", '{"loss": 1.0}'):
+        shutil.copytree(stopped, tmp_path / "model", dirs_exist_ok=True)
+        lines = (stopped / "log.jsonl").read_text().splitlines()
+        (tmp_path / "model/log.jsonl").write_text("\n".join([lines[0], line, *lines[2:]]) + "\n")
+        message = refused(train_arguments, tmp_path / "model", *STOPPED, "--resume")
+        assert "log.jsonl:2: not a line of a log" in message
+
+
+def test_no_fewer_steps_than_were_done(stopped, train_arguments, tmp_path):
+    shutil.copytree(stopped, tmp_path / "model")
+    message = refused(train_arguments, tmp_path / "model", *STOPPED, "--resume", "--max_steps", 5)
+    assert "step-0000006: already past --max_steps 5" in message
+
+
+# ------------------------------------------------------------------------------------------------------------- kills
+
+
+def killed_at(n: int, function) -> bool:
+    """Call it in a child that is killed at its n-th change of a name on disk; returns whether it came to its end."""
+    child = os.fork()
+    if child == 0:
+        changes = iter(range(n))
+
+        def hook(event, _):
+            if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir") and next(changes, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        try:
+            function()
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def test_a_model_is_whole_or_not_finished(encoder_dir, tmp_path):
+    """Killed again and again, each time one change later, until it comes to its end."""
+    torch.set_num_threads(1)  # a forked child has no other
+    model = ColBERT.from_base(encoder_dir, dim=4)
+    for n in range(99):
+        ended = killed_at(n, lambda: save_model(model, tmp_path / "model", {"kind": "model"}))
+        if (tmp_path / "model/meta.json").exists():
+            assert verify(tmp_path / "model")
+        if ended:
+            break
+    assert 5 < n < 99 and ended
+    save_model(model, tmp_path / "again", {"kind": "model"})
+    found = [{path.name: path.read_bytes() for path in (tmp_path / n).iterdir()} for n in ("model", "again")]
+    assert found[0] == found[1] and "meta.json" in found[0]
+
+
+def test_killed_while_the_model_is_put_in_place(stopped, train_arguments, tmp_path):
+    """What a kill leaves is no finished model, and the same command with --resume makes it."""
+    shutil.copytree(stopped, tmp_path / "model")
+    (tmp_path / "model/model.new").mkdir()
+    (tmp_path / "model/config.json").rename(tmp_path / "model/model.new/config.json")
+    (tmp_path / "model/model.new/meta.json").write_text("{}")
+    (tmp_path / "model/model.safetensors").write_text("of another time")
+    train(train_arguments, tmp_path / "model", *STOPPED, "--resume")
+    assert verify(tmp_path / "model") and not (tmp_path / "model/model.new").exists()
+    assert (tmp_path / "model/model.safetensors").read_bytes() == (stopped / "model.safetensors").read_bytes()
+
+
+class OneProcess:
+    """What save_checkpoint needs of an Accelerator."""
+
+    is_main_process, num_processes, device = True, 1, torch.device("cpu")
+
+    def wait_for_everyone(self):
+        pass
+
+    def save_state(self, folder, safe_serialization):
+        for name in PARTS[:-1]:
+            (folder / name).write_text(f"{name} of {folder.name}")
+
+
+def test_a_checkpoint_is_whole_or_none(encoder_dir, tmp_path):
+    model, folder = ColBERT.from_base(encoder_dir, dim=4), tmp_path / "checkpoints"
+    for step in (1, 2):
+        save_checkpoint(OneProcess(), model, {}, folder, step, 2)
+    whole, steps = list_checkpoints(folder), itertools.count(3)
+    for n in range(99):
+        ended = killed_at(n, lambda: save_checkpoint(OneProcess(), model, {}, folder, next(steps), 2))
+        if list_checkpoints(folder)[-1] != whole[-1]:
+            next(steps)
+        whole = list_checkpoints(folder)
+        assert len(whole) >= 2
+        for checkpoint in whole:
+            check_sums(checkpoint, read_json(checkpoint / "run.json")["files"])
+        if ended:
+            break
+    assert 5 < n < 99 and ended
+    assert sorted(folder.iterdir()) == whole and len(whole) == 2
+
+
+@pytest.mark.parametrize("reason", [RuntimeError("[enforce fail at inline_container.cc:672] . x"), OSError(28, "x")])
+def test_a_full_disk_leaves_the_older_checkpoints(train_arguments, tmp_path, monkeypatch, reason):
+    save, calls = torch.save, []
+
+    def fill(value, path, *rest):
+        calls.append(path)
+        if "step-0000006" in str(path):
+            Path(path).write_bytes(b"half")
+            raise reason
+        save(value, path, *rest)
+
+    monkeypatch.setattr(torch, "save", fill)
+    done = call_stage("train.py", *train_arguments, "--output_dir", tmp_path / "model", "--save_steps", 3)
+    error = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "step-0000006" in error and "free some space" in error
+    assert [path.name for path in (tmp_path / "model/checkpoints").iterdir()] == ["step-0000003"]
+
+
+# ------------------------------------------------------------------------------------------------------- not a number
+
+
+def spoiled(source: Path, folder: Path) -> Path:
+    """A copy of a model with one NaN in its weights."""
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "query.weight" in name)
+    weights[name][3, 5] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    if (folder / "meta.json").exists():
+        (folder / "meta.json").unlink()
+    return folder
+
+
+def test_a_base_model_with_a_nan(encoder_dir, model_dir, train_arguments, tmp_path):
+    for source in (encoder_dir, model_dir):
+        base = spoiled(source, tmp_path / source.name)
+        message = refused(train_arguments, tmp_path / "out", "--base_model", base)
+        assert "query.weight" in message and str(base) in message and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("lr", [1e38, 1e300])
+@pytest.mark.parametrize("flags", [("--max_steps", 1), ("--save_steps", 1), "dev"])
+def test_nothing_that_is_not_finite_is_published(train_arguments, toy_dir, tmp_path, lr, flags):
+    if flags == "dev":
+        flags = [part for n in ("queries", "qrels", "candidates") for part in (f"--dev_{n}", toy_dir / f"{n}.tsv")]
+        flags += ["--eval_steps", 1]
+    more = ("--output_dir", tmp_path / "model", "--lr", lr, "--max_grad_norm", 0)
+    done = call_stage("train.py", *train_arguments, *flags, *more)
+    assert done.returncode == 2 and "the model after step 1: " in done.stderr and "lower --lr" in done.stderr
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"log.jsonl"}
+
+
 def test_a_loss_that_is_not_finite_stops(train_arguments, tmp_path):
     flags = ("--output_dir", tmp_path / "model", "--lr", 1e38, "--max_grad_norm", 0)
     done = call_stage("train.py", *train_arguments, *flags)
@@ -356,6 +811,25 @@ def test_wandb_mode_never_asks(monkeypatch, tmp_path):
     assert wandb_mode("auto") == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert wandb_mode("auto") == "disabled"
+
+
+def test_wandb_that_cannot_be_reached(monkeypatch, tmp_path, capsys):
+    class Accelerator:
+        trackers, asked = [], []
+
+        def init_trackers(self, project, config, options):
+            self.asked.append(options["wandb"]["mode"])
+            assert not self.trackers
+            if self.asked == ["online"]:
+                self.trackers.append("that does not start")
+                raise RuntimeError("Timed out\nhint")
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name in ("WANDB_INIT_TIMEOUT", "WANDB_FINISH_TIMEOUT", "WANDB_SILENT"):
+        monkeypatch.setenv(name, "1")  # restored afterwards
+    start_wandb(Accelerator(), SimpleNamespace(wandb_mode="online", wandb_project="x", output_dir=tmp_path))
+    assert Accelerator.asked == ["online", "offline"]
+    assert capsys.readouterr().err.endswith("wandb: Timed out: going on offline\n")
 
 
 def test_wandb_offline_does_not_prompt(train_arguments, tmp_path):
