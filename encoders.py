@@ -32,6 +32,7 @@ SETTINGS_FILES = ["*.json", "*.txt", "*.model", "*.metadata"]  # of a repository
 NOT_LOADED = ["onnx/*", "openvino/*", "*.h5", "*.msgpack"]
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 POINTER = b"version https://git-lfs.github.com/spec/"  # a file that git-lfs has not fetched begins so
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")  # what a tokenizer is made from, or a *.model
 BUFFERS = re.compile(r"(^|\.)(position_ids|inv_freq)$")  # saved by older versions, computed by all
 
 
@@ -94,7 +95,7 @@ def loading(what: str) -> Iterator[None]:
     except (InputError, MemoryError):
         raise
     except Exception as error:
-        raise InputError(f"{what}: {first_line(error)}") from None
+        raise InputError(f"{what} ({first_line(error)}): give another, or its files anew") from None
     finally:
         transformers.logging.set_verbosity(verbosity)
 
@@ -111,6 +112,8 @@ def load_tokenizer(name_or_path):
     """The fast tokenizer of a model. Raises InputError where there is none, or one that cannot frame a text."""
     folder = locate(name_or_path, weights=False)
     check_folder(folder)
+    if not any((folder / name).is_file() for name in VOCABULARIES) and not any(folder.glob("*.model")):
+        raise InputError(f"{name_or_path}: no tokenizer in it (tokenizer.json): give a model with its own")
     with loading(f"{name_or_path}: no tokenizer could be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.is_fast:

@@ -516,7 +516,9 @@ def check_args(args, accelerator: Accelerator) -> tuple[dict, int]:
         )
     dev = (args.dev_queries, args.dev_qrels, args.dev_candidates)
     if any(dev) and not all(dev):
-        raise InputError("evaluation while training needs --dev_queries, --dev_qrels and --dev_candidates")
+        raise InputError(
+            "evaluation while training: give all of --dev_queries, --dev_qrels and --dev_candidates, or none"
+        )
     for path in filter(None, dev):
         check_file(path, "dev set of train.py")
     return tokens_meta, args.batch_size // shares
