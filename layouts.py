@@ -165,7 +165,7 @@ def load(cls, name_or_path, revision: str | None = None) -> ColBERT:
     settings |= {name: longest_input(encoder) for name in ("query_maxlen", "doc_maxlen") if settings[name] is None}
     model = cls.on_encoder(name_or_path, encoder, found.tokenizer, **settings)
     load_projection(path, model.linear, found.projection)
-    check_weights(model.linear, f"{name_or_path}: projection")
+    check_weights(model, name_or_path)
     model.meta = meta
     return model.eval()
 

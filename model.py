@@ -236,14 +236,15 @@ class ColBERT(PreTrainedModel):
         with torch.no_grad():
             encoder.get_input_embeddings().weight[list(marker_ids.values())] = mean
         settings |= {"query_marker_id": marker_ids["query"], "passage_marker_id": marker_ids["passage"]}
+        check_weights(encoder, base_model)
         return cls.on_encoder(base_model, encoder, tokenizer, skiplist=punctuation_ids(tokenizer), **settings)
 
     @classmethod
     def on_encoder(cls, name, encoder: nn.Module, tokenizer, **settings) -> "ColBERT":
         """A ColBERT around an encoder in memory, its projection new; `name` is for messages.
 
-        settings: fields of ColBERTConfig. Raises InputError where they ask for more tokens than the encoder takes,
-        where encoder and tokenizer are not of one model, and where weights are not finite.
+        settings: fields of ColBERTConfig. Raises InputError where they ask for more tokens than the encoder takes, or
+        for tokens that it has not, and where encoder and tokenizer are not of one model.
         """
         check_vocabulary(name, tokenizer, encoder)
         unknown = settings.keys() - {*ColBERTConfig().to_dict(), *special_token_ids(tokenizer)}
@@ -253,7 +254,12 @@ class ColBERT(PreTrainedModel):
         longest, asked = longest_input(encoder), max(config.query_maxlen, config.doc_maxlen)
         if asked > longest:
             raise InputError(f"{name}: takes {longest} tokens, {asked} were asked for")
-        check_weights(encoder, name)
+        ids = [*config.skiplist, *config.frame("query")[0], *config.frame("passage")[0], config.mask_token_id]
+        n = len(encoder.get_input_embeddings().weight)
+        if max(ids) >= n:
+            raise InputError(
+                f"{name}: token {max(ids)} is put into texts, or dropped, but its encoder has {n} embeddings"
+            )
         return cls(config, tokenizer, encoder)
 
     @classmethod

@@ -73,6 +73,14 @@ def test_what_the_model_does_not_read_is_told_apart(colbert):
     assert Page(explain(colbert, QUERY, "house " * 177)).unread == ""
 
 
+def test_how_a_user_pads_and_cuts_is_of_no_matter(colbert):
+    expected = explain(colbert, QUERY, "house " * 600)
+    colbert.tokenizer(["boat " * 9], padding="max_length", truncation=True, max_length=5)
+    found = explain(colbert, QUERY, "house " * 600)
+    assert found.spans == expected.spans and found.query_tokens == expected.query_tokens
+    assert np.array_equal(found.similarity, expected.similarity)
+
+
 class Page(HTMLParser):
     """The passage as the HTML shows it, without special tokens and what stands over the words; and its unread end."""
 

@@ -334,6 +334,8 @@ OWN = [
     ({"query_maxlen": 3}, (), "query_maxlen 3 leaves no room for a word piece"),
     ({"doc_maxlen": 600}, (), "takes 512 tokens, 600 were asked for"),
     ({"skiplist": 7}, (), "skiplist '7' cannot be honoured here"),
+    ({"skiplist": [7, 999]}, (), "token 999 is put into texts, or dropped, but its encoder has 131 embeddings"),
+    ({"query_marker_id": 999}, (), "token 999 is put into texts, or dropped"),
     ({"normalize": "no"}, (), "normalize 'no' cannot be honoured here"),
     ({"dense": [{"in_features": 32}]}, (), "dense .* cannot be honoured here"),
     ({"encoder": {"model_type": "none"}}, (), "no encoder could be loaded"),

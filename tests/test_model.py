@@ -538,6 +538,12 @@ def test_length_batches():
     assert [lengths[batch].tolist() for batch in batches] == [[180], [60], [7, 7], [5, 5, 3]]
 
 
+def test_other_devices_have_a_batch_size(colbert, monkeypatch):
+    monkeypatch.setattr(ColBERT, "device", torch.device("mps"))
+    assert colbert.tokens_per_batch(10) > 0 and not colbert.packs()
+    assert colbert.autocast()._enabled is False
+
+
 def test_project_on_principal(encoder_dir, fp32):
     colbert = ColBERT.from_base(encoder_dir, dim=8).eval()
     texts = ["the old boat, and a drum", "eagle", "grape flute cloud", "apple apple house"]
