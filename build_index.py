@@ -82,6 +82,8 @@ def check_embeddings(embeddings: Ragged, pids: Ids, source_meta: dict, args) -> 
     for name, n in found.items():
         if meta.get(name, n) != n:
             raise InputError(f"{folder}: {n} {name}, {meta[name]} by its meta.json: run doc2embedding.py again")
+    if not len(embeddings):
+        raise InputError(f"{folder}: no passages: run doc2embedding.py on a collection")
     if not meta.get("normalized", True):
         raise InputError(f"{folder}: {not_unit('by its meta.json')}")
     lengths = np.diff(embeddings.offsets)
@@ -206,7 +208,8 @@ def build_codes(embeddings: Ragged, source_meta: dict, args, partial: Path) -> d
     n_embeddings = len(embeddings.values)
     nlist, bits = args.nlist or default_nlist(n_embeddings, MOST_CENTROIDS), args.bits or 2
     if nlist > min(n_embeddings, MOST_CENTROIDS):
-        raise InputError(f"--nlist {nlist}: at most {min(n_embeddings, MOST_CENTROIDS)} here")
+        most = min(n_embeddings, MOST_CENTROIDS)
+        raise InputError(f"--nlist {nlist}: more than {args.embedding_dir} can train: give at most {most}")
     sample, lengths = sample_embeddings(embeddings, args.sample or nlist * PER_CENTROID, args.seed)
     check_unit(sample, args)
     print(f"{n_embeddings} embeddings: {nlist} centroids, {bits} bits, trained on {len(sample)}", flush=True)
