@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+FEWEST = 16  # vectors multiplied at a time on a CPU: products of fewer are added up in an order that varies among them
 MAXSIM_BYTES = {"cpu": 1 << 23, "cuda": 1 << 29}  # similarities held at a time in training
 
 
@@ -65,15 +66,22 @@ def maxsim_packed(queries: Tensor, embeddings: Tensor, lengths: Tensor) -> Tenso
     """Score every query against packed passages, without padding.
 
     queries (B, Lq, D), embeddings (T, D) of N passages one after the other, lengths (N,) all above 0, T their sum;
-    returns (B, N) fp32.
+    returns (B, N) fp32. On a CPU passages with the same embeddings have the same score, to the last bit.
     """
     B, Lq, D = queries.shape
     queries = queries.reshape(B * Lq, D)
     if queries.device.type == "cpu":  # numpy's segmented maximum is many times faster there, along contiguous rows
-        starts = np.cumsum(lengths.numpy()) - lengths.numpy()
-        similarity = (queries @ embeddings.T).float()  # (B * Lq, T)
-        best = torch.from_numpy(np.maximum.reduceat(similarity.numpy(), starts, axis=1))  # (B * Lq, N)
-        return best.view(B, Lq, -1).sum(1)
+        starts, T, N = np.cumsum(lengths.numpy()) - lengths.numpy(), len(embeddings), len(lengths)
+        if min(T, B * Lq) < FEWEST:
+            queries, embeddings = (
+                torch.nn.functional.pad(vectors, (0, 0, 0, max(0, FEWEST - len(vectors))))
+                for vectors in (queries, embeddings)
+            )
+        similarity = (queries @ embeddings.T).float().numpy()[: B * Lq, :T]
+        best = np.maximum.reduceat(similarity, starts, axis=1)  # (B * Lq, N)
+        if N == 1:  # numpy adds up one column in another order than several
+            best = best.repeat(2, 1)
+        return torch.from_numpy(best.reshape(B, Lq, -1).sum(1)[:, :N])
     similarity = (embeddings @ queries.T).float()  # (T, B * Lq)
     best = torch.segment_reduce(similarity, "max", lengths=lengths, axis=0)  # (N, B * Lq)
     return best.view(-1, B, Lq).sum(-1).T

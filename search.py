@@ -358,7 +358,10 @@ def read_vectors(vectors: Ragged, rows: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def highest(scores: np.ndarray, n: int) -> np.ndarray:
-    """Positions of the n highest scores, in order of position; of equal ones the first."""
+    """Positions of the n highest scores, in order of position; of equal ones the first.
+
+    Raises InputError if one of them is not a number.
+    """
     if len(scores) <= n:
         return np.arange(len(scores))
     least = np.partition(scores, len(scores) - n)[len(scores) - n]
@@ -366,16 +369,19 @@ def highest(scores: np.ndarray, n: int) -> np.ndarray:
     if len(chosen) > n:
         equal = np.flatnonzero(scores[chosen] == least)
         chosen = np.delete(chosen, equal[n - len(chosen) :])
+    check_numbers(len(chosen) == n)  # what is not one is highest, but not chosen
     return chosen
 
 
-def top(rows: np.ndarray, scores: np.ndarray, k: int) -> Ranking:
-    """The k highest scores and their rows, which are in order; equal scores in the order of the collection.
+def check_numbers(are_numbers: bool) -> None:
+    """Raise InputError unless scores are numbers: embeddings that are not, those that are kept or the query's."""
+    if not are_numbers:
+        raise InputError("a score is not a number: the index is damaged, or the model is: make it again")
 
-    Raises InputError if a score is no number: embeddings that are none, here or in the query.
-    """
-    if np.isnan(scores).any():
-        raise InputError("a score is not a number: the embeddings are damaged, or the model's are: make them again")
+
+def top(rows: np.ndarray, scores: np.ndarray, k: int) -> Ranking:
+    """The k highest scores and their rows, which are in order; equal scores in the order of the collection."""
+    check_numbers(not np.isnan(scores).any())
     best = highest(scores, k)
     best = best[np.lexsort((rows[best], -scores[best]))]
     return rows[best], scores[best]

@@ -1,6 +1,8 @@
 """build_index: an IVFPQ over every embedding, the same for the same seed, and refusals in one line."""
 
 import json
+import shutil
+from pathlib import Path
 
 import faiss
 import numpy as np
@@ -10,6 +12,7 @@ from conftest import call_stage, succeed
 from build_index import sample_embeddings
 from codec import default_nlist
 from ragged import Ragged
+from search import CompressedIndex
 
 
 def test_index_holds_every_embedding(index_dir, embedding_dir):
@@ -55,6 +58,8 @@ def test_sample_is_whole_passages_drawn_by_seed(embedding_dir):
     [
         (("--m", 7), "--m 7 does not divide the dimension 16"),
         (("--nlist", 10**6), "embeddings cannot train 1000000 lists"),
+        (("--nlist", 400, "--sample", 1), "raise --sample"),
+        (("--nbits", 17), "give at most 16"),
         (("--embedding_dir", "nowhere"), "nowhere: not a finished embeddings folder"),
     ],
 )
@@ -62,3 +67,92 @@ def test_refusals(index_arguments, tmp_path, flags, message):
     done = call_stage("build_index.py", *index_arguments, "--output_dir", tmp_path / "index", *flags)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--nlist", "--m", "--nbits", "--sample", "--seed"])
+def test_numbers_below_what_they_may_be(index_arguments, tmp_path, flag):
+    done = call_stage("build_index.py", *index_arguments, "--output_dir", tmp_path / "index", flag, -1)
+    assert done.returncode == 2 and "'-1' is not a whole number" in done.stderr and not list(tmp_path.iterdir())
+
+
+def make_embeddings(source: Path, folder: Path, lengths, scale: float = 1.0, **facts) -> Path:
+    """Embeddings of passages of these lengths, each vector of length `scale`."""
+    rng, meta = np.random.default_rng(0), json.loads((source / "meta.json").read_text())
+    values = rng.normal(size=(sum(lengths), meta["dim"]))
+    values *= scale / np.linalg.norm(values, axis=1, keepdims=True)
+    folder.mkdir()
+    np.save(folder / "values.npy", values.astype(np.float16))
+    np.save(folder / "offsets.npy", np.append(0, np.cumsum(lengths)))
+    np.save(folder / "pids.npy", 100 + np.arange(len(lengths)))
+    del meta["files"], meta["checksum"]
+    meta |= {"passages": len(lengths), "embeddings": sum(lengths), **facts}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("lengths", "how", "message"),
+    [
+        ([9] * 40, {"scale": 3.0}, "not of unit length (one is 3 long)"),
+        ([9] * 40, {"normalized": False}, "not of unit length (by its meta.json)"),
+        ([9] * 20 + [0] + [9] * 19, {}, "passage 120 has 0 embeddings"),
+        ([9] * 39 + [0], {}, "passage 139 has 0 embeddings"),
+        ([9] * 39 + [1024], {}, "passage 139 has 1024 embeddings"),
+        ([9] * 40, {"passages": 41}, "40 passages, 41 by its meta.json"),
+        ([9] * 40, {"embeddings": 361}, "360 embeddings, 361 by its meta.json"),
+    ],
+)
+def test_embeddings_that_no_index_can_hold(embedding_dir, model_dir, toy_dir, tmp_path, lengths, how, message):
+    source = make_embeddings(embedding_dir, tmp_path / "embeddings", lengths, **how)
+    for method in ("codes", "ivfpq"):
+        flags = ("--embedding_dir", source, "--output_dir", tmp_path / "index", "--method", method)
+        flags += ("--nlist", 4, *(("--m", 8, "--nbits", 4) if method == "ivfpq" else ()))
+        done = call_stage("build_index.py", *flags)
+        if method == "ivfpq" and max(lengths) == 1024:
+            succeed(done)
+        else:
+            assert done.returncode == 2 and message in done.stderr, done.stderr
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["embeddings"]
+    if 0 in lengths:  # exact search on the embeddings
+        flags = ("--index_dir", source, "--queries", toy_dir / "queries.tsv", "--output", tmp_path / "run", "--exact")
+        done = call_stage("retrieve.py", "--cpu", "--model", model_dir, *flags)
+        assert done.returncode == 2 and "no embeddings: leave it out" in done.stderr
+
+
+def test_embeddings_are_not_replaced_nor_what_no_stage_wrote(embedding_dir, tmp_path):
+    source = shutil.copytree(embedding_dir, tmp_path / "embeddings")
+    flags = ("--embedding_dir", source, "--nlist", 4, "--output_dir")
+    for output in (source, tmp_path):
+        done = call_stage("build_index.py", *flags, output)
+        assert done.returncode == 2 and "holds what is read" in done.stderr
+    assert Ragged(source)
+    succeed(call_stage("build_index.py", *flags, tmp_path / "index"))
+    (tmp_path / "pids").write_text("p3\n")
+    succeed(call_stage("update_index.py", "--index_dir", tmp_path / "index", "--delete", tmp_path / "pids"))
+    (tmp_path / "index/state.json.partial").touch()  # of a change that was killed
+    succeed(call_stage("build_index.py", *flags, tmp_path / "index"))
+    (tmp_path / "index/notes").write_text("mine")
+    done = call_stage("build_index.py", *flags, tmp_path / "index")
+    assert done.returncode == 2 and "notes in it is not a part of it" in done.stderr
+
+
+def test_checksums(embedding_dir, index_dir, tmp_path):
+    """Of linked files those of the embeddings; --verify reads all."""
+    sums = [json.loads((folder / "meta.json").read_text())["files"] for folder in (embedding_dir, index_dir)]
+    for name in ("values.npy", "offsets.npy", "pids.npy"):
+        assert sums[0][name] == sums[1][name]
+    flags = ("--embedding_dir", embedding_dir, "--nlist", 4, "--keep_vectors", "--verify")
+    succeed(call_stage("build_index.py", *flags, "--output_dir", tmp_path / "index"))
+    state = json.loads((tmp_path / "index/state.json").read_text())
+    assert state["segments"][0]["files"]["vectors.npy"] == sums[0]["values.npy"]
+    done = succeed(call_stage("update_index.py", "--index_dir", tmp_path / "index", "--compact", "--verify"))
+    fine = tmp_path / "index/segments/2/fine.npy"
+    fine.write_bytes(fine.read_bytes()[:-1] + b"!")
+    assert CompressedIndex(tmp_path / "index")
+    done = call_stage("update_index.py", "--index_dir", tmp_path / "index", "--compact", "--verify")
+    assert done.returncode == 2 and "fine.npy: damaged" in done.stderr and len(done.stderr.splitlines()) == 1
+    source = shutil.copytree(embedding_dir, tmp_path / "embeddings")
+    (source / "values.npy").write_bytes((source / "values.npy").read_bytes()[:-1] + b"!")
+    flags = ("--embedding_dir", source, "--output_dir", tmp_path / "other", "--verify")
+    done = call_stage("build_index.py", *flags)
+    assert done.returncode == 2 and "values.npy: damaged" in done.stderr

@@ -2,14 +2,17 @@
 
 import gzip
 import json
+import os
 import shutil
 
+import faiss
 import numpy as np
 import pytest
 import torch
 from conftest import call_stage, launch_cli, run_stage_cli, succeed
 
 import runs
+from artifact import lock
 from cli import InputError
 from model import ColBERT
 from ragged import Ids, Ragged
@@ -112,11 +115,104 @@ def test_msmarco_format(search_arguments, tmp_path):
 def test_two_processes_rank_alike(search_arguments, tmp_path):
     assert search_arguments[0] == "--cpu"
     succeed(run_stage_cli("retrieve.py", *search_arguments, "--output", tmp_path / "one", *FULL))
-    done = succeed(launch_cli(2, "retrieve.py", *search_arguments[1:], "--output", tmp_path / "two", *FULL))
+    (tmp_path / "two.gz.partial.7").write_text("of processes that were killed\n")
+    done = succeed(launch_cli(2, "retrieve.py", *search_arguments[1:], "--output", tmp_path / "two.gz", *FULL))
+    (tmp_path / "two").write_bytes(gzip.decompress((tmp_path / "two.gz").read_bytes()))
     one, two = (read_scores(tmp_path / name) for name in ("one", "two"))
     assert_is_top(two, one, 15)
     assert json.loads(done.stdout.splitlines()[-1])["queries"] == len(one)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two", "two.gz"]
+
+
+def test_one_run_wins(search_arguments, tmp_path):
+    """While another process writes the same file."""
+    output, left = tmp_path / "run", tmp_path / "run.partial.3"
+    descriptor = lock(tmp_path / "run.partial", output, os.O_CREAT | os.O_RDWR)
+    left.write_text("a share")
+    done = call_stage("retrieve.py", *search_arguments, "--output", output)
+    assert done.returncode == 2 and "another process is writing it" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not output.exists() and left.exists()
+    os.close(descriptor)
+    succeed(call_stage("retrieve.py", *search_arguments, "--output", output))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_equal_passages_are_ranked_in_their_order(model_dir, embedding_dir, tmp_path, monkeypatch):
+    """However they are searched, also at the border of k, of blocks, and of steps."""
+    source, meta = tmp_path / "embeddings", json.loads((embedding_dir / "meta.json").read_text())
+    source.mkdir()
+    values = Ragged(embedding_dir)[3]
+    np.save(source / "values.npy", np.tile(values, (40, 1)))
+    np.save(source / "offsets.npy", np.arange(41) * len(values))
+    np.save(source / "pids.npy", np.arange(40))
+    del meta["files"], meta["checksum"]
+    (source / "meta.json").write_text(json.dumps(meta | {"passages": 40, "embeddings": 40 * len(values)}))
+    flags = ("--method", "ivfpq", "--nlist", 1, "--m", 8, "--nbits", 4)
+    succeed(call_stage("build_index.py", "--embedding_dir", source, "--output_dir", tmp_path / "index", *flags))
+    searcher = Searcher(tmp_path / "index", model_dir, "cpu")
+    monkeypatch.setattr("retrieve.EXACT_PASSAGES", 7)
+    monkeypatch.setattr("retrieve.EXACT_TOKENS", 5 * len(values))
+    queries = searcher.encode(["red apple", "the sea"])
+    for k in (1, 6, 40):
+        for ranking in (*searcher.exact(queries, k), *searcher.rerank(queries, [np.arange(40)[::-1].copy()] * 2, k)):
+            assert ranking[0].tolist() == list(range(k))
+        rows = searcher.candidates(queries, 1, 10**4, k)
+        assert all(found.tolist() == list(range(k)) for found in rows)
+
+
+def test_a_run_file_is_no_input(search_arguments, index_dir, model_dir, toy_dir, tmp_path):
+    queries = shutil.copy(toy_dir / "queries.tsv", tmp_path / "queries.tsv")
+    (tmp_path / "candidates").write_text("q0\tp1\n")
+    for output, message in (
+        (queries, "holds what is read"),
+        (tmp_path / "candidates", "holds what is read"),
+        (tmp_path, "a folder"),
+        (index_dir / "faiss.index", "inside"),
+        (model_dir / "run", "inside"),
+    ):
+        flags = ("--queries", queries, "--candidates", tmp_path / "candidates", "--output", output)
+        done = call_stage("retrieve.py", *search_arguments, *flags)
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    (tmp_path / "candidates").write_text("other\tp1\n")
+    flags = ("--candidates", tmp_path / "candidates", "--output", tmp_path / "run")
+    done = call_stage("retrieve.py", *search_arguments, *flags)
+    assert done.returncode == 2 and "no candidates of any query" in done.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", [("--k", 0), ("--k", -5), ("--tag", "my run"), ("--tag", ""), ("--faiss_depth", 0)])
+def test_flags_that_would_write_odd_runs(search_arguments, tmp_path, flags):
+    done = call_stage("retrieve.py", *search_arguments, *flags, "--output", tmp_path / "run")
+    assert done.returncode == 2 and f"argument {flags[0]}" in done.stderr and not list(tmp_path.iterdir())
+
+
+def unlist(folder) -> dict:
+    """The meta.json of a folder, once it lists no files."""
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["files"], meta["checksum"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return meta
+
+
+def test_damaged_index(index_dir, model_dir, tmp_path):
+    folder = shutil.copytree(index_dir, tmp_path / "index")
+    path, data = folder / "faiss.index", (index_dir / "faiss.index").read_bytes()
+    path.write_bytes(data[:-1])
+    with pytest.raises(InputError, match=r"faiss\.index: .* bytes, should be"):
+        Searcher(folder)
+    meta = unlist(folder)
+    for damaged, message in ((data[: len(data) // 9], "damaged"), (b"", "damaged"), (b"X" + data[1:], "damaged")):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=message):
+            Searcher(folder, model_dir, "cpu").search("drum")
+    faiss.write_index(faiss.IndexFlatIP(16), str(path))
+    with pytest.raises(InputError, match=r"faiss\.index: 0 x 16, not"):
+        Searcher(folder, model_dir, "cpu").search("drum")
+    (folder / "meta.json").write_text(json.dumps(meta | {"tokenizer_fingerprint": "another"}))
+    with pytest.raises(InputError, match="another tokenizer"):
+        Searcher(folder, model_dir, "cpu")
+    np.save(folder / "pids.npy", np.load(folder / "pids.npy")[:0])
+    with pytest.raises(InputError, match=r"pids\.npy: of shape 0, not 40"):
+        Searcher(folder, model_dir, "cpu")
 
 
 def test_embeddings_without_an_index(search_arguments, embedding_dir, tmp_path):
@@ -239,19 +335,21 @@ def test_rows_of_zeros_pad_a_query(searcher):
     assert plain[0].tolist() == same[0].tolist() and np.allclose(plain[1], same[1], atol=1e-5)
 
 
-def test_moved_together_the_folders_find_each_other(model_dir, index_dir, toy_dir, tmp_path):
+def test_moved_together_the_folders_find_each_other(model_dir, index_dir, toy_dir, tmp_path, monkeypatch):
+    load = Searcher._load
     base = model_dir.parent.parent
     assert index_dir.parent.parent == toy_dir.parent == base
     for folder in (model_dir, index_dir, toy_dir):
         shutil.copytree(folder, tmp_path / folder.relative_to(base))
-    searcher = Searcher(tmp_path / index_dir.relative_to(base))
+    searcher, loaded = Searcher(tmp_path / index_dir.relative_to(base)), []
+    monkeypatch.setattr(Searcher, "_load", lambda self, folder: loaded.append(folder) or load(self, folder))
     assert searcher.search("drum", 1)[0].text
-    assert str(tmp_path) in str(searcher.model.name_or_path) and tmp_path in searcher.collection.path.resolve().parents
+    assert all(tmp_path in path.resolve().parents for path in (*loaded, searcher.collection.path)) and loaded
 
 
 def test_a_folder_that_is_gone(index_dir, toy_dir, model_dir, tmp_path):
     shutil.copytree(index_dir, tmp_path / "index")
-    meta = json.loads((tmp_path / "index/meta.json").read_text())
+    meta = unlist(tmp_path / "index")
     meta |= {"model": "gone", "model_path": "../gone", "collection_path": None}
     (tmp_path / "index/meta.json").write_text(json.dumps(meta))
     with pytest.raises(InputError, match=r"its model, gone, is not there: give its folder as model"):

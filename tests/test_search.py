@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from gpu_search import GpuIndex
 from kernels import LANES
 from knobs import QUALITY, Effort, effort_for
 from maxsim import maxsim_packed
+from model import ColBERT
 from retrieve import Searcher
 from search import CompressedIndex, add, compact, create, delete, highest, read_state, top
 
@@ -567,6 +569,50 @@ def test_ivfpq_is_not_updated(index_dir):
     assert done.returncode == 2 and "IVFPQ, which is not changed" in done.stderr
 
 
+def test_long_passages_are_refused_before_anything_is_embedded(codes_dir, model_dir, tmp_path, monkeypatch):
+    index = shutil.copytree(codes_dir, tmp_path / "index")
+    (tmp_path / "more.tsv").write_text("new1\tred apple\nnew2\t" + "house " * 1100 + "\n")
+    load = ColBERT.from_pretrained
+
+    def longer(*args, **settings) -> ColBERT:
+        model = load(*args, **settings)
+        model.config.doc_maxlen = 2000
+        return model
+
+    monkeypatch.setattr(ColBERT, "from_pretrained", longer)
+    monkeypatch.setattr(ColBERT, "embed_passages", None)
+    flags = ("--index_dir", index, "--model", model_dir, "--cpu", "--add", tmp_path / "more.tsv")
+    done = call_stage("update_index.py", *flags)
+    assert done.returncode == 2 and "more.tsv:2: passage new2 has 1103 embeddings" in done.stderr, done.stderr
+
+
+def test_exact_is_not_by_codes_unless_asked_for(codes_dir, model_dir, queries_file, toy_dir, tmp_path):
+    flags = ["--cpu", "--model", model_dir, "--index_dir", codes_dir, "--queries", queries_file, "--k", 5]
+    (tmp_path / "candidates").write_text("q1\tp1\n")
+    for how in (["--exact"], ["--candidates", tmp_path / "candidates"]):
+        done = call_stage("retrieve.py", *flags, *how, "--output", tmp_path / "run")
+        assert done.returncode == 2 and "keeps no vectors" in done.stderr and "--keep_vectors" in done.stderr
+        assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
+    done = succeed(call_stage("retrieve.py", *flags, *how, "--by_codes", "--output", tmp_path / "run"))
+    assert "no candidates for 1 of 2 queries, q2 among them" in done.stderr
+    done = call_stage("retrieve.py", *flags, "--by_codes", "--output", tmp_path / "run")
+    assert done.returncode == 2 and "leave it out" in done.stderr
+    with pytest.raises(InputError, match="keeps no vectors"):
+        Searcher(codes_dir, model_dir, "cpu").search("red apple", exact=True)
+
+
+def test_many_threads_search_at_once(codes_dir, index_dir, model_dir):
+    texts = [f"{a} {b}" for a in ("red", "old", "find", "the") for b in ("apple", "boat", "drum", "house")]
+    for folder, efforts in ((codes_dir, [{}, {"nprobe": 1}]), (index_dir, [{"nprobe": 4}, {"nprobe": 1}])):
+        jobs = [(text, effort) for text in texts for effort in efforts] * 2
+        alone = Searcher(folder, model_dir, "cpu")
+        expected = [alone.search(text, k=10, **effort) for text, effort in jobs]
+        shared = Searcher(folder, device="cpu")  # whose model and index are loaded by whoever comes first
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(lambda job, searcher=shared: searcher.search(job[0], k=10, **job[1]), jobs))
+        assert found == expected
+
+
 # ------------------------------------------------------------------------------------------------- compressed at once
 
 
@@ -604,6 +650,28 @@ def test_compressed_at_once(compressed_dir, codes_dir, model_dir, tmp_path):
 def test_refusals_of_compressed_embeddings(compressed_dir, tmp_path, flags, message):
     done = call_stage("build_index.py", "--embedding_dir", compressed_dir, "--output_dir", tmp_path / "index", *flags)
     assert done.returncode == 2 and message in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "message"),
+    [
+        ("parts/4.sizes.npy", None, "missing"),
+        ("parts/1.coarse.npy", lambda codes: codes[:-1], "part 1 do not fit"),
+        ("parts/1.sizes.npy", lambda sizes: sizes[:-1], "of shape"),
+        ("parts/1.coarse.npy", lambda codes: np.full_like(codes, 255), "damaged codes"),
+        ("pids.npy", lambda pids: pids[:0], "pids.npy: of shape"),
+        ("codec/centroids.npy", lambda centroids: centroids[:, :-1], "centroids.npy: of shape"),
+    ],
+)
+def test_parts_that_are_not_whole(compressed_dir, tmp_path, name, edit, message):
+    source = shutil.copytree(compressed_dir, tmp_path / "embeddings")
+    meta = json.loads((source / "meta.json").read_text())
+    del meta["files"], meta["checksum"]  # else sizes tell
+    (source / "meta.json").write_text(json.dumps(meta))
+    change(source / name, edit) if edit else (source / name).unlink()
+    done = call_stage("build_index.py", "--embedding_dir", source, "--output_dir", tmp_path / "index")
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["embeddings"]
 
 
 def test_centroids_are_for_compression(embedding_arguments, tmp_path):
