@@ -285,15 +285,15 @@ def span(data) -> list:
 def sums_of(folder, known: dict[str, Spans] | None = None, also=()) -> dict[str, Spans]:
     """{path: spans} of every file of a folder but its meta.json; `known`: those that need not be read for it.
 
-    also: files and folders in it that are left out.
-
+    also: files and folders in it that are left out, as what is still being written is (.partial).
     Files that only their owner may read become readable to whom the umask allows.
     """
     folder, known, sums = Path(folder), known or {}, {}
     share(folder)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != "meta.json" and name.split("/")[0] not in also:
+        is_part = name != "meta.json" and path.suffix != ".partial" and name.split("/")[0] not in also
+        if path.is_file() and is_part:
             sums[name] = known[name] if name in known else [sum_of(path)]
     return sums
 

@@ -58,6 +58,7 @@ from artifact import (
     publish,
     read_json,
     read_meta,
+    remove,
     replacing,
     seen_from,
     span,
@@ -125,6 +126,8 @@ def claim(folder: Path, source: str, lay_out):
         read_meta(folder, "embeddings", "doc2embedding.py")
     descriptor = lock(folder.resolve(), folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        for left in (*folder.glob("*.partial"), *folder.glob("parts/*.partial")):  # by a run that was killed
+            remove(left)
         yield
     finally:
         os.close(descriptor)

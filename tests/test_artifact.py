@@ -273,6 +273,7 @@ def test_opening_checks_sizes(tmp_path, damage, message):
 
 def test_sums_of_parts_that_are_known(tmp_path):
     (tmp_path / "v").write_bytes(b"headbody1body2")
+    (tmp_path / "w.partial").write_bytes(b"half")
     spans = [span(b"head"), span(np.frombuffer(b"body1", np.uint8)), span(b"body2")]
     sums = sums_of(tmp_path, {"v": spans})
     assert sums == {"v": spans} and check_sums(tmp_path, sums) == 14

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import call_stage, launch_cli, succeed
 
-from artifact import lock, verify
+from artifact import lock, read_meta, verify
 from cli import InputError
 from model import ColBERT
 from ragged import Ids, Ragged
@@ -79,6 +79,8 @@ def test_a_killed_run_is_completed(embedding_dir, embedding_arguments, tmp_path,
     shutil.copytree(embedding_dir, folder)
     for name in ("meta.json", "pids.npy"):
         (folder / name).unlink()
+    for name in ("meta.json", "parts/9.json"):
+        (folder / f"{name}.partial").write_text("{")
     values, offsets = np.load(folder / "values.npy", mmap_mode="r+"), np.load(folder / "offsets.npy")
     for number in lost:
         (folder / "parts" / f"{number}.json").unlink()
@@ -90,7 +92,8 @@ def test_a_killed_run_is_completed(embedding_dir, embedding_arguments, tmp_path,
     assert arrays(folder) == arrays(embedding_dir)
     for number, written in kept.items():
         assert (folder / f"parts/{number}.json").stat().st_mtime_ns == written  # not computed again
-    assert json.loads((folder / "meta.json").read_text())["embeddings"] == len(values)
+    assert read_meta(folder, "embeddings", "doc2embedding.py", check=True)["embeddings"] == len(values)
+    assert not list(folder.rglob("*.partial"))
 
 
 def test_a_kill_while_the_folder_is_laid_out(embedding_dir, embedding_arguments, tmp_path):
