@@ -273,10 +273,7 @@ class Searcher:
         by_codes: score these two not exactly, but by a compressed index' codes.
         knobs: those that `search` names; None is the default.
         """
-        if self.codes is not None and (exact or candidates is not None) and not by_codes:
-            self.codes.check_vectors()
-        if by_codes and (self.codes is None or not (exact or candidates is not None)):
-            raise InputError("by_codes says how a compressed index scores --exact and --candidates: leave it out")
+        self.check_scoring(exact or candidates is not None, by_codes)
         knobs = {name: value for name, value in knobs.items() if value is not None}
         check_knobs(knobs, quality, among, self.codes is not None)
         allowed = self._allowed(among)
@@ -308,6 +305,13 @@ class Searcher:
             every = np.flatnonzero(self.codes.alive() if allowed is None else allowed)
             lists = [every] * len(queries) if exact else [np.sort(rows) for rows in candidates]
             return [self.codes.rank(*pair, k, by_codes) for pair in zip(queries, lists, strict=True)]
+
+    def check_scoring(self, is_given: bool, by_codes: bool) -> None:
+        """Raise InputError unless what is given, candidates or every passage, can be scored in this way."""
+        if by_codes and (self.codes is None or not is_given):
+            raise InputError("by_codes says how a compressed index scores --exact and --candidates: leave it out")
+        if self.codes is not None and is_given and not by_codes:
+            self.codes.check_vectors()
 
     def _allowed(self, among: list[str] | None) -> np.ndarray | None:
         """Whether each row may be found (n,) bool, from ids; None: all may."""
@@ -519,6 +523,7 @@ def main(args):
     if not queries:
         raise InputError(f"{args.queries}: no queries")
     searcher = Searcher(args.index_dir, args.model, state.device, gpu_index=args.gpu_index, verify=args.verify)
+    searcher.check_scoring(args.exact or args.candidates is not None, args.by_codes)
     candidates = read_candidates(searcher, queries, args, state)
     mine = dict(list(queries.items())[state.process_index :: state.num_processes])
     started = time.time()
