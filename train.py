@@ -178,12 +178,10 @@ class Triples:
         if not len(self.triples) or self.triples.shape[1] < 3:
             raise InputError(f"{path}: {self.triples.shape} holds no triples: run tsv2mmap.py again")
         for start in range(0, len(self.triples), ROWS):
-            rows = np.ascontiguousarray(self.triples[start : start + ROWS]).view(np.uint32)  # below 0 is beyond all
-            if rows.max() < min(n_queries, n_passages):
-                continue
-            wrong = (rows[:, 0] >= n_queries) | (rows[:, 1:] >= n_passages).any(1)
-            if wrong.any():
-                row = int(wrong.argmax())
+            rows = self.triples[start : start + ROWS].view(np.uint32)  # below 0 is beyond all
+            passages = rows if n_passages >= n_queries else rows[:, 1:]  # faster where it is all of them
+            if rows[:, 0].max() >= n_queries or passages.max() >= n_passages:
+                row = int(((rows[:, 0] >= n_queries) | (rows[:, 1:] >= n_passages).any(1)).argmax())
                 raise InputError(
                     f"{path}: triple {start + row} is {self.triples[start + row].tolist()}, of {n_queries} queries and "
                     f"{n_passages} passages: run tsv2mmap.py again"
@@ -716,19 +714,23 @@ def resume(accelerator: Accelerator, model: ColBERT, args, settings: dict) -> in
     for name in (*parts, *(f"random_states_{number}.pkl" for number in range(processes))):
         if not (last / name).is_file():
             raise InputError(f"{last / name}: missing: restore it, or {remedy}")
+    problem = None
+    with ThreadPoolExecutor(1) as pool:  # the checksums while it is loaded
+        sums = pool.submit(check_sums, last, saved.get("files", {}) if accelerator.is_main_process else {})
+        try:
+            accelerator.load_state(last)
+            if accelerator.process_index < processes:
+                load_random_states(last / f"random_states_{accelerator.process_index}.pkl", accelerator.device)
+        except (MemoryError, torch.OutOfMemoryError, InputError):
+            raise
+        except Exception as error:  # of safetensors, torch, pickle, zip, accelerate
+            problem = InputError(f"{last}: cannot be loaded ({first_line(error)}): {remedy}")
     try:
-        if accelerator.is_main_process:
-            check_sums(last, saved.get("files", {}))
+        sums.result()
     except InputError as error:
         raise InputError(f"{error}; or {remedy}") from None
-    try:
-        accelerator.load_state(last)
-        if accelerator.process_index < processes:
-            load_random_states(last / f"random_states_{accelerator.process_index}.pkl", accelerator.device)
-    except (MemoryError, torch.OutOfMemoryError, InputError):
-        raise
-    except Exception as error:  # of safetensors, torch, pickle, zip, accelerate
-        raise InputError(f"{last}: cannot be loaded ({first_line(error)}): {remedy}") from None
+    if problem:
+        raise problem
     check_weights(model, last)
     accelerator.print(f"going on after step {step}")
     return step

@@ -628,6 +628,19 @@ def test_other_processes_or_devices_are_another_run():
             check(*other)
 
 
+def test_other_processes_are_known_by_the_checkpoint(stopped, train_arguments, tmp_path):
+    for name in ("now", "before"):
+        checkpoint = shutil.copytree(stopped, tmp_path / name) / "checkpoints/step-0000006"
+        if name == "before":
+            as_before(checkpoint)
+            shutil.copy(checkpoint / "random_states_0.pkl", checkpoint / "random_states_1.pkl")
+        else:
+            saved = read_json(checkpoint / "run.json")
+            (checkpoint / "run.json").write_text(json.dumps({**saved, "processes": 2}))
+        message = refused(train_arguments, tmp_path / name, *STOPPED, "--resume")
+        assert "trained by 2 process(es), now 1, which would draw other dropout" in message
+
+
 def test_a_damaged_log(stopped, train_arguments, tmp_path):
     for line in ('{"step": "x", "loss": 1}', "[]", "{", "", "\0", '{"loss": 1.0}'):
         shutil.copytree(stopped, tmp_path / "model", dirs_exist_ok=True)
