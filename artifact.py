@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import InputError
+from cli import InputError, held
 
 BLOCK = 1 << 22  # bytes read at a time
 SUM = "checksum"  # the key of our JSON files that holds the checksum of all others
@@ -142,15 +142,17 @@ def publish(output_dir) -> Iterator[Path]:
     output_dir = Path(os.path.realpath(output_dir))
     partial, retired = beside(output_dir, ".partial"), beside(output_dir, ".retired")
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with contextlib.suppress(FileExistsError):
-            partial.mkdir()
-        with contextlib.suppress(FileNotFoundError):
-            descriptor = lock(partial, output_dir, os.O_RDONLY | os.O_DIRECTORY)
-            if is_at(descriptor, partial):
-                break
-            os.close(descriptor)
+    descriptor = None
     try:
+        with held():
+            while descriptor is None:
+                with contextlib.suppress(FileExistsError):
+                    partial.mkdir()
+                with contextlib.suppress(FileNotFoundError):
+                    descriptor = lock(partial, output_dir, os.O_RDONLY | os.O_DIRECTORY)
+                    if not is_at(descriptor, partial):
+                        os.close(descriptor)
+                        descriptor = None
         if retired.is_dir() and not output_dir.exists():
             retired.rename(output_dir)  # killed between the renames below
         remove(retired)
@@ -158,15 +160,18 @@ def publish(output_dir) -> Iterator[Path]:
             remove(left)
         with naming(output_dir):
             yield partial
-        if output_dir.exists():
-            output_dir.rename(retired)
-        partial.rename(output_dir)
+        with held():
+            if output_dir.exists():
+                output_dir.rename(retired)
+            partial.rename(output_dir)
     finally:
-        if not output_dir.exists() and retired.exists():  # a signal between the two
-            retired.rename(output_dir)
-        for left in (partial, retired):
-            shutil.rmtree(left, ignore_errors=True)
-        os.close(descriptor)
+        if descriptor is not None:
+            with held():
+                if retired.exists() and not output_dir.exists():
+                    retired.rename(output_dir)
+                for left in (partial, retired):
+                    shutil.rmtree(left, ignore_errors=True)
+                os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Quick to import: a wrong flag is answered before torch is loaded.
 """
 
 import argparse
+import contextlib
 import errno
 import json
 import math
@@ -72,6 +73,23 @@ def cores() -> int:
 
 _requests: list[int] = []  # signals that a stage which stops softly has been sent
 _is_soft = False
+_held: list[int] | None = None  # signals that have come while `held`
+
+
+@contextlib.contextmanager
+def held():
+    """Clean up without being interrupted: a signal's SystemExit is raised when the block has ended."""
+    global _held
+    if _held is not None:  # within another
+        yield
+        return
+    _held = heard = []
+    try:
+        yield
+    finally:
+        _held = None
+        if heard:
+            raise SystemExit(128 + heard[0])
 
 
 def stop_softly() -> list[int]:
@@ -103,8 +121,10 @@ def catch_signals() -> None:
     def handle(number, _) -> None:  # by the main thread, when it is back from C
         if is_last(number, handled):
             say_why(number)
-            raise SystemExit(128 + number)
-        if number not in _requests:
+            if _held is None:
+                raise SystemExit(128 + number)
+            _held.append(number)
+        elif number not in _requests:
             _requests.append(number)
 
     def watch() -> None:  # at once

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import kernels
 from artifact import Spans, check_sizes, link, read_json, sum_of, sums_of, write_json
-from cli import InputError
+from cli import InputError, held
 from codec import Codec, Codes, Tables
 from compute import single_threads
 from kernels import FINAL, LANES
@@ -422,7 +422,8 @@ def changing(folder):
             yield state
             write_json(folder / "state.json", state, summed=True)
         finally:
-            _remove_leftovers(folder, read_state(folder))
+            with held():
+                _remove_leftovers(folder, read_state(folder))
     finally:
         os.close(descriptor)
 

@@ -7,11 +7,14 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from artifact import (
     check_output_dir,
@@ -217,6 +220,39 @@ def test_killed_between_two_renames(tmp_path):
     with pytest.raises(InputError), publish(tmp_path / "out"):
         raise InputError("x")
     assert tree(tmp_path) == {"out": False, "out/old": b"old"}
+
+
+@pytest.mark.parametrize("at", range(1, 10))
+def test_a_signal_at_any_change_leaves_the_old_or_the_new(tmp_path, at):
+    """In a process of its own: it sends itself a signal before the at-th change of a file."""
+    (tmp_path / "out/sub").mkdir(parents=True)
+    (tmp_path / "out/sub/a").write_text("old")
+    done = subprocess.run([sys.executable, "-c", SIGNALLED, str(ROOT), str(tmp_path), str(at)], capture_output=True)
+    assert done.returncode == 143 and done.stderr == b"-c: ended by SIGTERM\n", done.stderr
+    found = tree(tmp_path)
+    assert found in ({"out": False, "out/sub": False, "out/sub/a": value} for value in (b"old", b"new"))
+
+
+SIGNALLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import cli
+from artifact import publish
+cli.catch_signals()
+left = int(sys.argv[3])
+def hook(event, arguments):
+    global left
+    if event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir"):
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.addaudithook(hook)
+with publish(sys.argv[2] + "/out") as partial:
+    (partial / "sub").mkdir()
+    (partial / "sub/a").write_text("new")
+left = min(left, 1)
+hook("os.rename", ())
+"""
 
 
 def test_an_error_names_its_file(tmp_path):

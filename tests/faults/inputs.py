@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from kinds import Case, Outcome, unclear
-from server import ROOT
-from world import STAGES, World, differences, is_clear, snapshot
+
+from .kinds import Case, Outcome, unclear
+from .server import ROOT
+from .world import STAGES, World, differences, is_clear, snapshot
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from server import Done
-from world import READERS, STAGES, TIMEOUT, Stage, World, differences, is_clear, is_ended, snapshot
+from .server import Done
+from .world import READERS, STAGES, TIMEOUT, Stage, World, differences, is_clear, is_ended, snapshot
 
 UNSEEN = "unseen"  # a damage that no size shows, without --verify: by design
 RESUMED = ("model", "embeddings", "bits")  # what lies there half done is gone on with
+IMPORTS = 5  # seconds that an interpreter of its own takes longer
 UPDATES = ("added", "deleted", "compacted")
 Outcome = tuple[str, str]  # verdict and, where it is none of the good ones, what happened
 
@@ -83,7 +84,8 @@ def struck(stage: Stage, moment: float, number: int, by_time: bool, there: bool,
             at = {} if by_time else {"at": 1 + int(moment * world.counts[stage.output]), "signal": number}
             job = world.start(stage.command, folder, plain=plain, **at)
             if by_time:
-                time.sleep(0.2 + moment * (world.seconds[stage.output] + 8 * plain))  # not before it hears signals
+                job.await_handlers()
+                time.sleep(moment * (world.seconds[stage.output] + IMPORTS * plain))
                 job.send(number, group=number == signal.SIGINT)
             done = job.wait(TIMEOUT)
             if number == signal.SIGKILL and done.code not in (0, -number):
@@ -92,7 +94,9 @@ def struck(stage: Stage, moment: float, number: int, by_time: bool, there: bool,
                 return unclear(done)
             if wrong := torn(world, stage, folder):
                 return "silent", f"looks whole, but {wrong}\n{done}"
-            changed = differences(at_first, snapshot(folder / "out"))
+            found = snapshot(folder / "out")
+            found.pop(f"{stage.output}/lock", None) if f"{stage.output}/lock" not in at_first else None
+            changed = differences(at_first, found) and differences(world.wanted[stage.output], found)
             if number != signal.SIGKILL and done.code and stage.output not in RESUMED and changed:
                 return unclear(done, f"left behind {changed}")
             return finish(world, stage, folder, before, done)

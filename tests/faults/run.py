@@ -16,13 +16,16 @@ import platform
 import random
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from inputs import inputs
-from kinds import UNSEEN, Case, at_once, can_mount, damages, disks, strikes
-from world import World
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from faults.inputs import inputs
+from faults.kinds import UNSEEN, Case, at_once, can_mount, damages, disks, strikes
+from faults.world import World
 
+FAILS = ("unclear", "silent")
 VERDICTS = ("same", "clear", "unclear", "silent")
 KINDS = ("kill", "signal", "two at once", "disk", "damage", "input")
 
@@ -35,6 +38,13 @@ def list_cases(world: World, full: bool, seed: int) -> list[Case]:
     every = inputs()
     cases += every if full else rng.sample(every, 120)
     return cases
+
+
+def run(world: World, cases: list[Case], at_once: int) -> Iterator[tuple[Case, str, str]]:
+    """Run cases, so many at a time; yields (case, verdict, detail) in their order."""
+    with ThreadPoolExecutor(at_once) as threads:
+        for case, (verdict, detail) in zip(cases, threads.map(lambda case: case(world), cases), strict=True):
+            yield case, verdict, detail
 
 
 def processor() -> str:
@@ -67,12 +77,11 @@ def main(args) -> int:
         cases = [case for seed in range(args.seeds) for case in list_cases(world, args.full, args.seed + seed)]
         cases = list({(case.kind, case.name): case for case in cases}.values())
         cases = [case for case in cases if case.kind in args.kinds and any(words in case.name for words in args.only)]
-        with ThreadPoolExecutor(args.at_once) as threads:
-            for case, (verdict, detail) in zip(cases, threads.map(lambda case: case(world), cases), strict=True):
-                outcomes.append((case, verdict, detail))
-                if verdict in ("unclear", "silent"):
-                    passed = False
-                    print(f"\n== {verdict}: {case.kind}: {case.name}\n{detail}", flush=True)
+        for case, verdict, detail in run(world, cases, args.at_once):
+            outcomes.append((case, verdict, detail))
+            if verdict in FAILS:
+                passed = False
+                print(f"\n== {verdict}: {case.kind}: {case.name}\n{detail}", flush=True)
     finally:
         world.close()
     text = table(outcomes)

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import json
 import os
+import re
 import runpy
 import select
 import shlex
@@ -46,6 +47,15 @@ class Job:
 
     def __init__(self, command: str, folder: Path, wait, pid: int):
         self.command, self.folder, self._wait, self.pid = command, folder, wait, pid
+
+    def await_handlers(self) -> None:
+        """Wait until the stage answers signals (before, it is only Python that starts), or has ended."""
+        with contextlib.suppress(OSError):
+            while True:
+                status = dict(re.findall(r"(\w+):\s+(\w+)", Path(f"/proc/{self.pid}/status").read_text()))
+                if status["State"] == "Z" or int(status["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1:
+                    return
+                time.sleep(0.002)
 
     def send(self, number: int, group: bool = False) -> None:
         """Send a signal to the process, or as a terminal does to its group, unless it has ended."""

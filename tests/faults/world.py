@@ -16,10 +16,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from server import ROOT, Done, Server
-
-sys.path.insert(0, str(ROOT / "tests"))
 import conftest  # it sets the environment, too
+
+from .server import Done, Server
 
 TIMEOUT = 60
 TIMES = re.compile(r"seconds|peak_memory_mb|_per_second|ms_per_query|checksum$|^versions$")  # keys of JSON: no result
@@ -238,8 +237,8 @@ def is_clear(done: Done, *words: str) -> bool:
 
 
 def is_ended(done: Done, name: str, number: int) -> bool:
-    """Whether a signal ended it in one line, or came when the result was printed."""
-    if done.code == -number and done.out.rstrip().endswith("}"):
+    """Whether a signal ended it in one line, or came once the result had been printed, as the interpreter ended."""
+    if done.code in (-number, 128 + number) and done.out.rstrip().endswith("}"):
         return True
     last = done.err.rstrip("\n").split("\n")[-1]
     return bool(
