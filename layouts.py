@@ -51,7 +51,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AddedToken, AutoConfig, PreTrainedConfig
 
-from artifact import check_output_dir, check_sizes, publish, read_json, sums_of, verify, write_json, write_meta
+from artifact import (
+    check_output_dir,
+    check_sizes,
+    check_sums,
+    publish,
+    read_json,
+    sums_of,
+    verify,
+    write_json,
+    write_meta,
+)
 from encoders import (
     SIZES,
     check_folder,
@@ -158,7 +168,9 @@ def load(cls, name_or_path, revision: str | None = None) -> ColBERT:
     meta = read_settings(path / "meta.json") if (path / "meta.json").is_file() else None
     if meta is not None:  # of files that came along: what is not read need not be there
         sums = {name: sums for name, sums in meta.get("files", {}).items() if not name.endswith(".md")}
-        check_sizes(path, {name: sums for name, sums in sums.items() if (path / name).exists()})
+        sums = {name: sums for name, sums in sums.items() if (path / name).exists()}
+        check_sizes(path, sums)
+        check_sums(path, {name: sums for name, sums in sums.items() if name.endswith(".json")})  # small, and decisive
     found = READERS[layout](path)
     settings = found.settings
     encoder = load_encoder(name_or_path, found.encoder, found.weights, exact=layout == "nanocolbert")
