@@ -366,14 +366,14 @@ def damaged(artifact: str, name: str, reader: str, harm: Callable, unseen: bool,
             left = differences(at_first, snapshot(folder / "out"))
             if changed := differences(before, snapshot(folder, "out")):
                 return "silent", f"{changed}\n{done}"
-            if is_clear(done, path.name, f"{artifact}/", f"{artifact}:", f"out/{reader}", "out/model"):
+            if is_clear(done, path.name, f"{artifact}/", f"{artifact}:", f"{artifact}'s", f"out/{reader}", "out/model"):
                 if left and (reader not in RESUMED or torn(world, stage, folder)):
                     return unclear(done, f"left behind {left}")
                 return "clear", ""
             if done.code != 0:
                 return unclear(done)
             found = snapshot(folder / "out")
-            if stage.start == artifact:  # the damage is still there: what counts is that no other file differs
+            if artifact in (stage.start, "checkpoints"):  # what is damaged may still be there: no other file differs
                 found[f"{reader}/{name}"] = world.wanted[reader].get(f"{reader}/{name}")
             changed = differences(world.wanted[reader], found)
             return (UNSEEN if unseen else "silent", f"{changed}\n{done}") if changed else ("same", "")

@@ -24,8 +24,6 @@ TIMEOUT = 60
 TIMES = re.compile(  # keys of JSON that are no result
     r"seconds|peak_memory_mb|_per_second|ms_per_query|checksum$|^versions$|^verify$"
 )
-    r"seconds|peak_memory_mb|_per_second|ms_per_query|checksum$|^versions$|^verify$"
-)  # keys of JSON: no result
 EMBED = "doc2embedding.py --cpu --tokens_dir tokens --model model --part_size 9"
 SEARCH = "retrieve.py --cpu --model model --queries queries.tsv --k 10"
 UPDATE = "update_index.py --index_dir out/"
