@@ -29,6 +29,8 @@ def load_npy(path, kinds: str = "", shape: tuple[int | None, ...] | None = None,
         raise InputError(f"{path}: missing: {again}") from None
     except (ValueError, EOFError, SyntaxError, TypeError, KeyError, OverflowError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "pickle" in reason:
+            reason = "pickled objects, which are never loaded"
         raise InputError(f"{path}: not a whole .npy file ({reason}): {again}") from None
     if not isinstance(array, np.ndarray):
         raise InputError(f"{path}: not a .npy file: {again}")

@@ -101,7 +101,7 @@ def snapshot(folder: Path, *passed_over: str) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if name.split("/")[0] in passed_over:
+        if name.split("/")[0] in passed_over or path.name == "lock":  # of an index: it stays
             continue
         mode = path.lstat().st_mode
         if stat.S_ISLNK(mode):
