@@ -336,7 +336,7 @@ def test_mistakes(train_arguments, toy_dir, encoder_dir, tmp_path):
     assert "run tsv2mmap.py first" in refused(train_arguments, folder, "--tokens_dir", tmp_path)
     assert "no such folder" in refused(train_arguments, folder, "--base_model", tmp_path / "none")
     message = refused(train_arguments, folder, "--dev_queries", toy_dir / "queries.tsv")
-    assert "needs --dev_queries, --dev_qrels and --dev_candidates" in message
+    assert "give all of --dev_queries, --dev_qrels and --dev_candidates, or none" in message
     assert not folder.exists()
 
 

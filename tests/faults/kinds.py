@@ -96,10 +96,8 @@ def struck(stage: Stage, moment: float, number: int, by_time: bool, there: bool,
                 return unclear(done)
             if wrong := torn(world, stage, folder):
                 return "silent", f"looks whole, but {wrong}\n{done}"
-            found, whole = snapshot(folder / "out"), dict(world.wanted[stage.output])
-            for names in (at_first, found, whole):
-                names.pop(f"{stage.output}/lock", None)  # it stays
-            changed = differences(at_first, found) and differences(whole, found)
+            found = snapshot(folder / "out")
+            changed = differences(at_first, found) and differences(world.wanted[stage.output], found)
             if number != signal.SIGKILL and done.code and stage.output not in RESUMED and changed:
                 return unclear(done, f"left behind {changed}")
             return finish(world, stage, folder, before, done)
