@@ -24,7 +24,7 @@ from pathlib import Path
 
 FREE = (  # arguments (by how they begin) that change where and how fast results come, not what they are
     *("--output", "--workers", "--cpu", "--no-cpu", "--resume", "--no-resume", "--save_steps", "--keep_checkpoints"),
-    *("--log_steps", "--eval_steps", "--dev_", "--wandb_"),
+    *("--log_steps", "--eval_steps", "--dev_", "--wandb_", "--verify", "--no-verify"),
 )
 FACTS = ("kind", "fingerprint", "query_maxlen", "doc_maxlen", "texts")  # of meta.json, that the next stage depends on
 
