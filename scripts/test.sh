@@ -5,12 +5,13 @@ set -euo pipefail
 source "$(dirname -- "$0")/setup.sh"
 python -m ruff check .
 python -m ruff format --check .
-python -m pytest -q "$@"
-[ $# -eq 0 ] || exit 0
+if [ $# -gt 0 ]; then exec "$nanocolbert_python" -m pytest -q "$@"; fi
+two=(-n 2 --dist loadfile)  # processes; the tests keep to one thread each
+python -m pytest -q "${two[@]}"
 if has_gpu; then python -m pytest -q tests/test_gpu.py; fi
 if grep -qs avx512 /proc/cpuinfo; then
     numeric=(attention codec compute doc2embedding explain fast_encoder gpu_search model search train)
     export ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 NUMBA_CPU_NAME=x86-64-v3
     numeric=("${numeric[@]/#/tests/test_}")
-    python -m pytest -q "${numeric[@]/%/.py}"
+    python -m pytest -q "${two[@]}" "${numeric[@]/%/.py}"
 fi
