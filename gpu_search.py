@@ -20,6 +20,7 @@ class GpuIndex(CompressedIndex):
     def __init__(self, folder, device):
         """Raises InputError if there is no index."""
         super().__init__(folder)
+        self.check()
         self.device, codec = torch.device(device), self.codec
         self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32  # CPUs are slow with fp16
         self.rotation = torch.from_numpy(codec.rotation).to(self.device)

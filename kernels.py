@@ -5,7 +5,7 @@ Scores of a token with LANES query tokens are one vector of 16-bit integers, and
 would add them one by one; the intrinsics say in LLVM's terms what is meant. SCALE is what 1.0 is in the tables; once
 scaled to unit length it is FINAL.
 
-Addresses are trusted: search.py and codec.py check all that can be told in O(passages) when an index is opened, and
+Addresses are trusted: search.py and codec.py check all that can be told in O(passages) before the first search, and
 numbers among the codes are bounded here.
 """
 
@@ -365,20 +365,18 @@ def score_coarse(rows, coarse, offsets, sizes, M, centroids, table, factors, sco
 
 @compiled()
 def wrong_passage(offsets, sizes, M):
-    """The first passage whose sizes (n, 2) cannot be, or are not those that offsets (n + 1, 2) tell, else n.
+    """The first passage whose sizes (n, 2) cannot be, or are not those that offsets (n + 1, 2) tell; n if none.
 
-    M: bytes of a code, as codec.Codec.passage_bytes says. Also returns the tokens of the passages before it.
+    M: bytes of a code, as codec.Codec.passage_bytes says.
     """
-    total = 0
     for i in range(len(sizes)):
         n, followers = np.int64(sizes[i, 0]), np.int64(sizes[i, 1])
         coarse, fine = (M[0] + 3) * n, M[1] * n + (M[2] + 2) * followers
         is_right = n > 0 and n + followers < LONGEST
         is_right &= offsets[i + 1, 0] - offsets[i, 0] == coarse and offsets[i + 1, 1] - offsets[i, 1] == fine
         if not is_right:
-            return i, total
-        total += n + followers
-    return len(sizes), total
+            return i
+    return len(sizes)
 
 
 @compiled()

@@ -40,6 +40,7 @@ from ragged import Ids, IdWriter, NpyWriter, Ragged, check_offsets, load_npy, ne
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # memory maps; nothing writes to them
 
 Ranking = tuple[np.ndarray, np.ndarray]  # rows of passages and their scores, the best first
+UNFIT = "offsets.npy and sizes.npy do not fit each other, or the codes"
 EXACT_TOKENS = 4096  # embeddings scored exactly at a time
 COMPACT_PASSAGES = 4096  # passages copied at a time
 FIRST = "1"  # the segment that an index is built with
@@ -121,13 +122,15 @@ class Segment:
 
     def __init__(self, folder, entry: dict, codec: Codec, first_row: int):
         """Raises InputError unless the files are what the state lists, and fit each other and the codec."""
-        self.folder, self.first_row = Path(folder), first_row
+        self.folder, self.codec, self.first_row = Path(folder), codec, first_row
         check_sizes(self.folder, entry.get("files", {}))
         self.sizes, self.offsets = self._load("sizes", "u2", None, 2), self._load("offsets", "i8", None, 2)
         n, C = len(self), len(codec.centroids)
         self.coarse, self.fine = (self._load(name, "u1", None) for name in ("coarse", "fine"))
         self.lists, self.starts = self._load("lists", "u2", None), self._load("starts", "i8", -(-n // BLOCK), C + 1)
-        total = self._check(codec)
+        ends = len(self.coarse), len(self.fine)
+        if self.offsets.shape != (n + 1, 2) or (self.offsets[0] != 0).any() or (self.offsets[-1] != ends).any():
+            raise InputError(f"{self.folder}: {UNFIT}: make {self.folder.parent.parent} again")
         self.pids = Ids(self.folder / "pids.npy", n)
         self.alive = np.ones(n, bool)  # (n,), not to be written to
         if entry["alive"]:
@@ -137,26 +140,23 @@ class Segment:
         self.vectors = None
         if has("vectors.npy"):
             offsets = np.append(0, self.sizes.sum(1, dtype=np.int64).cumsum())
-            self.vectors = Ragged.of(self._load("vectors", "f2", total, codec.dim), offsets)
+            self.vectors = Ragged.of(self._load("vectors", "f2", int(offsets[-1]), codec.dim), offsets)
 
     def _load(self, name: str, kind: str, *shape: int | None) -> np.ndarray:
         return load_npy(self.folder / f"{name}.npy", kind, shape)
 
-    def _check(self, codec: Codec) -> int:
-        """The tokens of all passages, once sizes, offsets and starts are what the compiled loops may follow."""
-        ends, n = (len(self.coarse), len(self.fine)), len(self)
-        fits = self.offsets.shape == (n + 1, 2) and (self.offsets[0] == 0).all() and (self.offsets[-1] == ends).all()
-        first_wrong, total = kernels.wrong_passage(self.offsets, self.sizes, codec.M) if fits else (0, 0)
-        if not fits or first_wrong < n:
-            raise InputError(
-                f"{self.folder}: offsets.npy and sizes.npy do not fit the codes (passage {first_wrong} of {n}): "
-                f"restore them, or make {self.folder.parent.parent} again"
-            )
+    def check(self) -> None:
+        """Raise InputError unless offsets, sizes and starts are what the compiled loops may follow.
+
+        Called before the first search: of a million passages it takes longer than opening them all.
+        """
+        first_wrong = kernels.wrong_passage(self.offsets, self.sizes, self.codec.M)
+        if first_wrong < len(self):
+            raise InputError(f"{self.folder}: {UNFIT} (passage {first_wrong}): make {self.folder.parent.parent} again")
         starts, path = self.starts, self.folder / "starts.npy"
-        check_offsets(path, starts.ravel() if n else np.zeros(1, np.int64), len(self.lists))
+        check_offsets(path, starts.ravel() if len(self) else np.zeros(1, np.int64), len(self.lists))
         if not np.array_equal(starts[1:, 0], starts[:-1, -1]):
             raise InputError(f"{path}: blocks do not follow each other: restore it, or make the index again")
-        return total
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -192,7 +192,7 @@ class CompressedIndex:
         self._check_meta()
 
     def _open(self) -> None:
-        self.segments, self.n = [], 0
+        self.segments, self.n, self._is_checked = [], 0, False
         for entry in self.state["segments"]:
             self.segments.append(Segment(self.folder / "segments" / entry["name"], entry, self.codec, self.n))
             self.n += len(self.segments[-1])
@@ -277,7 +277,15 @@ class CompressedIndex:
                 "--keep_vectors, or give the embeddings folder; or say --by_codes (by_codes=True)"
             )
 
+    def check(self) -> None:
+        """Raise InputError if a segment cannot be searched; looked at once."""
+        if not self._is_checked:
+            for segment in self.segments:
+                segment.check()
+            self._is_checked = True
+
     def _prepare(self, query: Tensor) -> tuple[Tensor, list[Tables]]:
+        self.check()
         query = query[query.any(1)]  # rows of zeros pad a query: they score 0 everywhere
         return query, [self.codec.tables(part) for part in query.split(LANES)]
 
@@ -521,6 +529,7 @@ def compact(folder) -> int:
     """Make one segment of all, without what was deleted; returns its passages. Nothing is compressed anew."""
     with changing(folder) as state:
         index, name = CompressedIndex(folder), str(state["version"])
+        index.check()
         writer = SegmentWriter(Path(folder) / "segments" / name, index.codec, index.keeps_vectors)
         np.save(writer.folder / "origins.npy", index.origin(np.flatnonzero(index.alive())))
         for segment in index.segments:

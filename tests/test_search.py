@@ -19,7 +19,7 @@ from test_codec import NLIST, decode_all, make_passages, make_query
 
 import kernels
 import search
-from artifact import read_meta, verify, write_meta
+from artifact import check_sums, read_meta, verify, write_meta
 from cli import InputError
 from codec import Codec
 from gpu_search import GpuIndex
@@ -269,17 +269,17 @@ SEGMENT = "segments/2/"
         ("representative_coarse.npy", lambda words: words[:, :, :-1]),
     ],
 )
-def test_arrays_that_do_not_fit_are_refused_on_opening(kept_dir, tmp_path, name, edit):
+def test_arrays_that_do_not_fit_are_refused(kept_dir, tmp_path, name, edit):
     """Each by itself, as a flipped bit or another index's file would have it: the loops trust addresses."""
     folder = shutil.copytree(kept_dir, tmp_path / "index")
     change(folder / name, edit)
     with pytest.raises(InputError):
-        CompressedIndex(folder)  # by sizes, where they tell
+        verify_segments(folder)
     state = json.loads((folder / "state.json").read_text())
     del state["checksum"], state["segments"][0]["files"]
     (folder / "state.json").write_text(json.dumps(state))
-    with pytest.raises(InputError) as error:
-        CompressedIndex(folder)
+    with pytest.raises(InputError) as error:  # by what is in them
+        CompressedIndex(folder).search(make_query(4, 1), 3, EVERYTHING)
     assert str(folder) in str(error.value)
 
 
@@ -319,6 +319,13 @@ def make_old(folder: Path) -> None:
     for entry in state["segments"]:
         del entry["files"]
     (folder / "state.json").write_text(json.dumps(state))
+
+
+def verify_segments(folder: Path) -> None:
+    """What --verify does, of an index without a meta.json, and of its codec by opening it."""
+    for entry in read_state(folder)["segments"]:
+        check_sums(folder / "segments" / entry["name"], entry["files"])
+    CompressedIndex(folder)
 
 
 def test_an_old_index_opens_and_changes(kept_dir, tmp_path):
