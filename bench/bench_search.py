@@ -35,7 +35,7 @@ from bench_retrieve import recall
 from measure import REPO, add_results_flag, command_flags, hardware, run_command, timed, write_result
 from peers.search_peer import time_queries
 
-from artifact import read_meta, write_json
+from artifact import read_meta, sums_of, write_json
 from knobs import effort_for
 from model import ColBERT
 from ragged import Ragged
@@ -100,10 +100,11 @@ def take_passages(source: Path, n: int | None, folder: Path) -> Path:
         return folder
     folder.mkdir(parents=True)
     values, meta = embeddings.slice(0, n)[0], read_meta(source, "embeddings", "doc2embedding.py")
-    write_json(folder / "meta.json", meta | {"passages": n, "embeddings": len(values)})
     np.save(folder / "values.npy", values)
     np.save(folder / "offsets.npy", embeddings.offsets[: n + 1])
     np.save(folder / "pids.npy", np.load(source / "pids.npy", mmap_mode="r")[:n])
+    facts = {"passages": n, "embeddings": len(values), "files": sums_of(folder)}
+    write_json(folder / "meta.json", meta | facts, summed=True)
     return folder
 
 
