@@ -138,6 +138,19 @@ def catch_signals() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
     threading.Thread(target=watch, daemon=True).start()
+    masks = []  # of the threads that fork
+
+    def forget() -> None:  # in the child: what ends it would be heard by its parent
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop())
+
+    os.register_at_fork(
+        before=lambda: masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop()),
+        after_in_child=forget,
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- run a stage

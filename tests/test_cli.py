@@ -100,3 +100,13 @@ def test_second_signal_ends_a_soft_stop(tmp_path):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
     assert process.wait(30) == 143 and process.stderr.read() == "stage.py: ended by SIGTERM\n"
+
+
+def test_what_ends_a_forked_child_is_not_heard_by_its_parent(tmp_path):
+    work = "child = os.fork() or time.sleep(60); os.kill(child, 15); code = os.waitpid(child, 0)[1]; time.sleep(0.5)"
+    script = SCRIPT.format(root=str(ROOT), work=work + "; print(code, flush=True)").replace(
+        "import sys", "import os, sys"
+    )
+    (tmp_path / "stage.py").write_text(script)
+    done = subprocess.run([sys.executable, str(tmp_path / "stage.py")], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ready\n15\ncleaned\n", "")
