@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import InputError, held
+from cli import InputError, first_line, held
 
 BLOCK = 1 << 22  # bytes read at a time
 SUM = "checksum"  # the key of our JSON files that holds the checksum of all others
@@ -97,10 +97,11 @@ def is_device(path: Path) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
-def lock(path, what, flags: int = 0) -> int:
-    """Open and lock a file or folder; the lock holds until the descriptor is closed, or the process ends.
+def lock(path, what, flags: int = os.O_RDONLY | os.O_DIRECTORY, wait: bool = False) -> int:
+    """Open and lock a folder, or a file by its flags; the lock holds until the descriptor is closed.
 
-    `what`: the output, for messages. Raises InputError if another process holds it, or if it is a symbolic link.
+    `what`: the output, for messages; wait: until no other process holds it. Raises InputError if one does, or if it is
+    a symbolic link.
     """
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -109,7 +110,7 @@ def lock(path, what, flags: int = 0) -> int:
             raise InputError(f"{path}: a symbolic link, which is not followed: remove it") from None
         raise error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         os.close(descriptor)
         raise InputError(f"{what}: another process is writing it: wait for it, or give another output") from None
@@ -118,8 +119,18 @@ def lock(path, what, flags: int = 0) -> int:
     return descriptor
 
 
+@contextlib.contextmanager
+def locked(*args, **options) -> Iterator[None]:
+    """Hold a `lock` while the block runs."""
+    descriptor = lock(*args, **options)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def is_at(descriptor: int, path) -> bool:
-    """Whether a path still names what was opened, and nothing else does."""
+    """Whether a path still names what was opened."""
     with contextlib.suppress(FileNotFoundError):
         found, opened = os.lstat(path), os.fstat(descriptor)
         return (found.st_dev, found.st_ino) == (opened.st_dev, opened.st_ino)
@@ -149,7 +160,7 @@ def publish(output_dir) -> Iterator[Path]:
                 with contextlib.suppress(FileExistsError):
                     partial.mkdir()
                 with contextlib.suppress(FileNotFoundError):
-                    descriptor = lock(partial, output_dir, os.O_RDONLY | os.O_DIRECTORY)
+                    descriptor = lock(partial, output_dir)
                     if not is_at(descriptor, partial):
                         os.close(descriptor)
                         descriptor = None
@@ -220,8 +231,9 @@ def naming(path) -> Iterator[None]:
     except Exception as error:
         signs = ("PytorchStreamWriter", "inline_container", "iostream", "os error")  # torch's, and those of Rust
         if type(error).__name__ == "SafetensorError" or any(sign in str(error) for sign in signs):
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path}: not written ({reason}): free some space, then run this again") from None
+            raise InputError(
+                f"{path}: not written ({first_line(error)}): free some space, then run this again"
+            ) from None
         raise
 
 

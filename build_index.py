@@ -66,12 +66,7 @@ from search import create
 BLOCK = 1 << 16  # embeddings converted to fp32 and added at a time
 CODES_BLOCK = 1 << 18  # embeddings compressed at a time
 APART = 0.02  # what the length of an embedding may differ from 1 by: fp16, and bf16 before it
-CHANGING = (
-    "segments",
-    "state.json",
-    "state.json.partial",
-    "lock",
-)  # what update_index.py changes, listed in state.json
+CHANGING = ("segments", "state.json", "state.json.partial", "lock")  # by update_index.py: state.json lists them
 IVFPQ_BITS = 16  # of a sub-quantiser, at most
 
 

@@ -25,6 +25,12 @@ class InputError(Exception):
     """A mistake of the user's. Its message says where, what was found and what to do; `run_stage` exits with 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line; its type, where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 # ------------------------------------------------------------------------------------------------------- number types
 
 

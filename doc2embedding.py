@@ -16,7 +16,6 @@ killed goes on with the parts that are missing. Memory holds one part. Reference
 import argparse
 import contextlib
 import functools
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -53,7 +52,7 @@ from accelerate import PartialState
 from artifact import (
     check_apart,
     fingerprint,
-    lock,
+    locked,
     naming,
     publish,
     read_json,
@@ -67,7 +66,7 @@ from artifact import (
     write_meta,
 )
 from compute import fast_dtype
-from model import ColBERT, model_fingerprint, tokenizer_fingerprint
+from model import ColBERT, EmbeddingError, model_fingerprint, tokenizer_fingerprint
 from progress import progress
 from ragged import Ids, NpyWriter, Ragged, allocate_npy, load_npy
 
@@ -124,13 +123,10 @@ def claim(folder: Path, source: str, lay_out):
         raise InputError(f"{folder}: holds something else, or embeddings of another model or collection: remove it")
     elif (folder / "meta.json").exists():
         read_meta(folder, "embeddings", "doc2embedding.py")
-    descriptor = lock(folder.resolve(), folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with locked(folder.resolve(), folder):
         for left in (*folder.glob("*.partial"), *folder.glob("parts/*.partial")):  # by a run that was killed
             remove(left)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def embed_part(model: ColBERT, passages: Ragged, start: int, stop: int, folder: Path, number: int, args, done) -> None:
@@ -142,9 +138,7 @@ def embed_part(model: ColBERT, passages: Ragged, start: int, stop: int, folder: 
     model.check_ids(args.tokens_dir / "passages/values.npy", tokens[0])
     try:
         embeddings, counts, padding = model.embed_passages(*tokens, args.tokens_per_batch, done=done)
-    except InputError as error:
-        if not hasattr(error, "passage"):
-            raise
+    except EmbeddingError as error:
         pid = Ids(args.tokens_dir / "pids.npy").text([start + error.passage])[0]
         raise InputError(f"{args.model}: passage {pid}: {error}") from None
     offsets = load_npy(folder / "offsets.npy", "i8", (len(passages) + 1,))[start : stop + 1]

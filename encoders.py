@@ -17,7 +17,7 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, PreTrainedCon
 
 import attention
 from artifact import read_json
-from cli import InputError
+from cli import InputError, first_line
 
 # model_types whose token embeddings of a text are the same alone and beside longer texts, and the same once saved and
 # loaded (tests/test_encoders.py); not those that mix in the padding (convolutions, landmarks, hashes, block-sparse).
@@ -98,11 +98,6 @@ def loading(what: str) -> Iterator[None]:
         raise InputError(f"{what} ({first_line(error)}): give another, or its files anew") from None
     finally:
         transformers.logging.set_verbosity(verbosity)
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 # ------------------------------------------------------------------------------------------------------------ tokenizer

@@ -287,8 +287,8 @@ class ColBERT(PreTrainedModel):
         check_weights(self, path)
         if Path(path).is_file():
             raise InputError(f"{path}: a file, not a folder: give another")
-        for stale in (Path(path) / "meta.json", *Path(path).glob("model*.safetensors*")):  # one file, or several
-            stale.unlink(missing_ok=True)
+        (Path(path) / "meta.json").unlink(missing_ok=True)
+        before = {file: file.stat().st_mtime_ns for file in Path(path).glob("model*.safetensors*")}
         if layout == "nanocolbert":
             super().save_pretrained(path, *args, **kwargs)
             self.tokenizer.save_pretrained(path)
@@ -296,6 +296,9 @@ class ColBERT(PreTrainedModel):
             import layouts
 
             layouts.save(self, path, layout)
+        for file, time in before.items():  # one file, or several: those that were not written anew
+            if file.exists() and file.stat().st_mtime_ns == time:
+                file.unlink()
         share(path)
 
     def push_to_hub(self, repo_id: str, layout: str = "nanocolbert", **kwargs) -> str:
@@ -458,12 +461,12 @@ class ColBERT(PreTrainedModel):
         return before[starts + np.minimum(lengths, self.config.pieces("passage"))] - before[starts] + framing
 
     def check_ids(self, path, values: np.ndarray) -> None:
-        """Raise InputError, naming the file `path`, where word pieces (T,) are beyond the vocabulary."""
-        most = len(self.tokenizer) - 1
-        if len(values) and values.max() > most:
+        """Raise InputError, naming the file `path`, where the model has no embedding for a word piece of (T,)."""
+        known = len(self.encoder.get_input_embeddings().weight)
+        if len(values) and values.max() >= known:
             raise InputError(
-                f"{path}: word piece {values.max()}, the model's vocabulary ends with {most}: damaged, or of another "
-                "tokenizer: run tsv2mmap.py again"
+                f"{path}: word piece {values.max()}, the model knows {known}: damaged, or of another tokenizer: run "
+                "tsv2mmap.py again"
             )
 
     def check_tokens(self, name, tokens_dir, tokens_meta: dict) -> None:

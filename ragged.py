@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import InputError
+from cli import InputError, first_line
 
 BLOCK = 1 << 16  # ids handled at a time
 CHECKED = 1 << 20  # offsets looked at at a time
@@ -28,9 +28,7 @@ def load_npy(path, kinds: str = "", shape: tuple[int | None, ...] | None = None,
     except FileNotFoundError:
         raise InputError(f"{path}: missing: {again}") from None
     except (ValueError, EOFError, SyntaxError, TypeError, KeyError, OverflowError, MemoryError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "pickle" in reason:
-            reason = "pickled objects, which are never loaded"
+        reason = "pickled objects, which are never loaded" if "pickle" in str(error) else first_line(error)
         raise InputError(f"{path}: not a whole .npy file ({reason}): {again}") from None
     if not isinstance(array, np.ndarray):
         raise InputError(f"{path}: not a .npy file: {again}")
@@ -42,8 +40,8 @@ def load_npy(path, kinds: str = "", shape: tuple[int | None, ...] | None = None,
     is_wanted = not kinds or found in kinds.split() or array.dtype.kind in kinds.split()
     if not is_wanted or not array.dtype.isnative:
         raise InputError(f"{path}: holds {array.dtype}, not {kinds}: {again}")
-    fits = shape is None or len(shape) == array.ndim
-    if not fits or any(want not in (None, size) for want, size in zip(shape or (), array.shape, strict=False)):
+    shape = array.shape if shape is None else shape
+    if len(shape) != array.ndim or any(want not in (None, n) for want, n in zip(shape, array.shape, strict=True)):
         wanted = " x ".join("any" if size is None else str(size) for size in shape)
         raise InputError(f"{path}: of shape {' x '.join(map(str, array.shape))}, not {wanted}: {again}")
     return array

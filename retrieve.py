@@ -326,8 +326,10 @@ class Searcher:
 
     def encode(self, texts: list[str]) -> Tensor:
         """Query embeddings (B, Lq, D) fp32."""
-        with self._timed("encode queries"), self._lock:  # a tokenizer is one thread's at a time
-            return self.model.encode_queries(texts, progress=False)
+        with self._timed("encode queries"):
+            with self._lock:  # one that is opened for all
+                model = self.model
+            return model.encode_queries(texts, progress=False)
 
     def candidates(self, queries: Tensor, nprobe: int, faiss_depth: int, rerank_depth: int) -> list[np.ndarray]:
         """Rows of the passages that IVFPQ finds for each query (B, Lq, D), at most `rerank_depth`."""

@@ -13,8 +13,6 @@ state.json lists the files of each segment with their sizes and checksums, as me
 A segment's inverted lists are kept for blocks of 65,536 passages, so that two bytes name one.
 """
 
-import contextlib
-import fcntl
 import math
 import os
 import shutil
@@ -28,7 +26,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from artifact import Spans, check_sizes, link, read_json, sum_of, sums_of, write_json
+from artifact import Spans, check_sizes, link, locked, read_json, sum_of, sums_of, write_json
 from cli import InputError, held
 from codec import Codec, Codes, Tables
 from compute import single_threads
@@ -421,8 +419,7 @@ def changing(folder):
     One process at a time: others wait. What no state names any more, or a killed process has left, is removed.
     """
     folder = Path(folder)
-    descriptor = _lock(folder / "lock")
-    try:
+    with locked(folder / "lock", folder, os.O_RDWR | os.O_CREAT, wait=True):
         state = read_state(folder)
         _remove_leftovers(folder, state)
         state["version"] += 1
@@ -432,21 +429,6 @@ def changing(folder):
         finally:
             with held():
                 _remove_leftovers(folder, read_state(folder))
-    finally:
-        os.close(descriptor)
-
-
-def _lock(path: Path) -> int:
-    """Lock a file, once no other process does; the lock holds until the descriptor is closed."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        if path.is_symlink():
-            raise InputError(f"{path}: a symbolic link, which is not followed: remove it") from None
-        raise error
-    with contextlib.suppress(OSError):  # a file system without locks
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    return descriptor
 
 
 def _remove_leftovers(folder: Path, state: dict) -> None:

@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cli
-from cli import InputError, count, not_negative_float, positive, positive_float, run_stage, seed
+from cli import InputError, count, first_line, not_negative_float, positive, positive_float, run_stage, seed
 
 
 def rate(text: str) -> float:
@@ -133,7 +133,7 @@ from artifact import (
     check_apart,
     check_file,
     check_sums,
-    lock,
+    locked,
     make_meta,
     naming,
     plain_args,
@@ -209,18 +209,14 @@ class Triples:
 
 def collate(data: Triples, rows: np.ndarray, model: ColBERT, tokens_per_batch: int, packed: bool) -> dict:
     """A micro-batch of triples (B, 1 + K): framed queries and passages in batches of like length, or all packed."""
-    input_ids, attention_mask = model.frame_queries(*data.queries.gather(rows[:, 0]))
     passage_rows = rows[:, 1:].reshape(-1)  # (N,), N = B * K: each query's positive, then its negatives
     lengths = data.passages.lengths(passage_rows)
     groups = length_batches(lengths + FRAME, (1 << 62) if packed else tokens_per_batch)
-    batches = [model.frame_passages(*data.passages.gather(passage_rows[group])) for group in groups]
-    known = model.encoder.get_input_embeddings().num_embeddings
-    for ids in (input_ids, *(ids for ids, _ in batches)):
-        if ids.min() < 0 or ids.max() >= known:  # on a GPU an error that names nothing
-            raise InputError(
-                f"{data.folder}: holds word piece {int(ids.max())}, the model knows {known}: damaged (--verify says "
-                "which file): run tsv2mmap.py again"
-            )
+    queries, passages = data.queries.gather(rows[:, 0]), [data.passages.gather(passage_rows[group]) for group in groups]
+    for name, (values, _) in (("queries", queries), *(("passages", part) for part in passages)):
+        model.check_ids(data.folder / name / "values.npy", values)  # on a GPU an error that names nothing
+    input_ids, attention_mask = model.frame_queries(*queries)
+    batches = [model.frame_passages(*part) for part in passages]
     kept = [model.kept(*batch) for batch in batches]  # (B', L) each
     counts = torch.cat([part.sum(1) for part in kept])  # (N,), in the order of the batches
     if packed:
@@ -445,10 +441,6 @@ def start_wandb(accelerator: Accelerator, args) -> None:
         accelerator.init_trackers(args.wandb_project, plain_args(args), {"wandb": {**options, "mode": "offline"}})
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 @contextlib.contextmanager
 def claim(accelerator: Accelerator, args):
     """Make and lock output_dir while the block runs; removed again if nothing was written into it.
@@ -461,16 +453,15 @@ def claim(accelerator: Accelerator, args):
             raise InputError(f"{args.output_dir}: a file, not a folder: give another --output_dir")
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = lock(folder, args.output_dir, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            check_output(args)
-            accelerator.wait_for_everyone()
-            yield
-        finally:
-            if is_new:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-            os.close(descriptor)
+        with locked(folder, args.output_dir):
+            try:
+                check_output(args)
+                accelerator.wait_for_everyone()
+                yield
+            finally:
+                if is_new:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
     else:
         accelerator.wait_for_everyone()
         if not folder.is_dir():

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
 from artifact import check_output_file
-from cli import InputError, positive, run_stage
+from cli import InputError, first_line, positive, run_stage
 from progress import progress
 from runs import write_run
 from tsv import read_id_text, read_queries
@@ -72,7 +72,7 @@ def load_encoder(model: str, max_tokens: int, batch_size: int):
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         encoder = AutoModel.from_pretrained(model, trust_remote_code=False).to(device).eval()
     except (OSError, ValueError) as error:
-        raise InputError(f"--model {model}: {str(error).splitlines()[0]}: give a model's name or folder") from None
+        raise InputError(f"--model {model}: {first_line(error)}: give a model's name or folder") from None
 
     @torch.inference_mode()
     def encode(texts: list[str]) -> np.ndarray:

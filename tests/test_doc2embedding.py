@@ -10,8 +10,7 @@ import torch
 from conftest import call_stage, launch_cli, succeed
 
 from artifact import lock, read_meta, verify
-from cli import InputError
-from model import ColBERT
+from model import ColBERT, EmbeddingError
 from ragged import Ids, Ragged
 
 ARRAYS = ("values.npy", "offsets.npy", "pids.npy")
@@ -146,9 +145,7 @@ def test_what_cannot_be_found_or_coded_is_said_before_work(embedding_arguments, 
 
 def test_a_bad_embedding_names_its_passage(embedding_arguments, tmp_path, monkeypatch):
     def fail(*arguments, **options):
-        error = InputError("its embeddings are not finite")
-        error.passage = 2
-        raise error
+        raise EmbeddingError("its embeddings are not finite", 2)
 
     monkeypatch.setattr(ColBERT, "embed_passages", fail)
     assert "passage p2: its embeddings are not finite" in refused(*embedding_arguments, "--output_dir", tmp_path / "e")

@@ -409,7 +409,11 @@ def put(array, place, value):
         ("triples.npy", lambda a: a.astype(np.float32), "triples.npy: holds float32"),
         ("triples.npy", lambda a: a[:, 0], "triples.npy: of shape 64"),
         ("triples.npy", lambda a: a[:0], "holds no triples"),
-        ("passages/values.npy", lambda a: put(a, slice(None), 9999), "holds word piece 9999, the model knows"),
+        (
+            "passages/values.npy",
+            lambda a: put(a, slice(None), 9999),
+            "passages/values.npy: word piece 9999, the model knows",
+        ),
     ],
 )
 def test_damaged_tokens(tokens_dir, train_arguments, tmp_path, name, change, said):
