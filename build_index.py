@@ -18,9 +18,9 @@ import math
 import time
 from pathlib import Path
 
-import cli
-from cli import InputError, positive, run_stage, seed
-from knobs import BITS, LONGEST
+from nanocolbert import cli
+from nanocolbert.cli import InputError, positive, run_stage, seed
+from nanocolbert.index.knobs import BITS, LONGEST
 
 
 def parse_args():
@@ -56,12 +56,12 @@ if __name__ == "__main__":  # before the imports that take seconds: --help, or a
 import numpy as np
 import torch
 
-from artifact import check_output_dir, fingerprint, link, publish, read_meta, seen_from, write_meta
-from codec import MOST_CENTROIDS, PER_CENTROID, Codec, Codes, default_nlist, sample_passages
-from compute import default_device
-from progress import progress
-from ragged import Ids, Ragged, load_npy, neighbours
-from search import create
+from nanocolbert.compute import default_device
+from nanocolbert.index.codec import MOST_CENTROIDS, PER_CENTROID, Codec, Codes, default_nlist, sample_passages
+from nanocolbert.index.compressed import create
+from nanocolbert.progress import progress
+from nanocolbert.storage.artifact import check_output_dir, fingerprint, link, publish, read_meta, seen_from, write_meta
+from nanocolbert.storage.ragged import Ids, Ragged, load_npy, neighbours
 
 BLOCK = 1 << 16  # embeddings converted to fp32 and added at a time
 CODES_BLOCK = 1 << 18  # embeddings compressed at a time

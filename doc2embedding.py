@@ -20,9 +20,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-import cli
-from cli import InputError, check_launch, positive, run_stage, seed
-from knobs import BITS, LONGEST
+from nanocolbert import cli
+from nanocolbert.cli import InputError, check_launch, positive, run_stage, seed
+from nanocolbert.index.knobs import BITS, LONGEST
 
 
 def parse_args():
@@ -49,7 +49,10 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from artifact import (
+from model import ColBERT, EmbeddingError, model_fingerprint, tokenizer_fingerprint
+from nanocolbert.compute import fast_dtype
+from nanocolbert.progress import progress
+from nanocolbert.storage.artifact import (
     check_apart,
     fingerprint,
     locked,
@@ -65,10 +68,7 @@ from artifact import (
     write_json,
     write_meta,
 )
-from compute import fast_dtype
-from model import ColBERT, EmbeddingError, model_fingerprint, tokenizer_fingerprint
-from progress import progress
-from ragged import Ids, NpyWriter, Ragged, allocate_npy, load_npy
+from nanocolbert.storage.ragged import Ids, NpyWriter, Ragged, allocate_npy, load_npy
 
 
 def layout(model: ColBERT, passages: Ragged, n_passages: int, args, folder: Path) -> None:
@@ -87,7 +87,7 @@ def layout(model: ColBERT, passages: Ragged, n_passages: int, args, folder: Path
     if not args.bits:
         allocate_npy(folder / "values.npy", np.float16, (total, model.config.dim))
         return
-    from codec import MOST_CENTROIDS, PER_CENTROID, Codec, default_nlist, sample_passages
+    from nanocolbert.index.codec import MOST_CENTROIDS, PER_CENTROID, Codec, default_nlist, sample_passages
 
     (folder / "codec").mkdir()
     nlist = args.nlist or default_nlist(total, MOST_CENTROIDS)
@@ -146,7 +146,7 @@ def embed_part(model: ColBERT, passages: Ragged, start: int, stop: int, folder: 
         raise InputError(f"{folder / 'offsets.npy'}: not those of these passages: remove {folder}")
     facts = {"passages": stop - start, "embeddings": len(embeddings), "padding": float(padding)}
     if args.bits:
-        from codec import Codec  # compiled loops, which nothing else here needs
+        from nanocolbert.index.codec import Codec  # compiled loops, which nothing else here needs
 
         codes = Codec.load(folder / "codec").encode(embeddings, counts, model.device)
         for name, array in codes._asdict().items():

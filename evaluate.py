@@ -17,15 +17,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from cli import InputError, catch_signals, positive, run_stage
+from nanocolbert.cli import InputError, catch_signals, positive, run_stage
 
 if __name__ == "__main__":  # before the imports that take a second
     catch_signals()
 
 import numpy as np
 
-from artifact import check_output_file, write_json
-from runs import MEASURES, means, measure_queries, parse_measures, read_qrels, read_run
+from nanocolbert.storage.artifact import check_output_file, write_json
+from nanocolbert.storage.runs import MEASURES, means, measure_queries, parse_measures, read_qrels, read_run
 
 N_RANDOMISATIONS = 10_000
 

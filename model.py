@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from artifact import fingerprint, share
-from attention import Packed, compute_dtype, encode_packed, pack, packable
-from cli import InputError
-from compute import by_threads, default_device, fast_dtype, map_alone
-from encoders import (
+from nanocolbert.cli import InputError
+from nanocolbert.compute import by_threads, default_device, fast_dtype, map_alone
+from nanocolbert.encoder.attention import Packed, compute_dtype, encode_packed, pack, packable
+from nanocolbert.encoder.pretrained import (
     check_vocabulary,
     check_weights,
     drop_pooler,
@@ -41,9 +40,10 @@ from encoders import (
     set_dropout,
     special_token_ids,
 )
-from maxsim import maxsim_packed
-from ragged import neighbours, ranges
-from text import FRAME, MARKERS, own_backend, prepare_texts, tokenize
+from nanocolbert.maxsim import maxsim_packed
+from nanocolbert.storage.artifact import fingerprint, share
+from nanocolbert.storage.ragged import neighbours, ranges
+from nanocolbert.text import FRAME, MARKERS, own_backend, prepare_texts, tokenize
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 131072}  # embedded at a time; a small batch stays in the cache
 TEXTS_PER_CHUNK = 1024  # texts tokenised at a time: what the tokenizer gives back takes hundreds of bytes a token
@@ -69,7 +69,7 @@ class ColBERTConfig(PreTrainedConfig):
     mask_punctuation: drop the embeddings of punctuation in passages; `skiplist` holds the token ids dropped.
     attend_to_mask_tokens: whether the [MASK] fill of a query is attended to (v1: no).
 
-    What training here leaves as it is, and checkpoints of other libraries may not (layouts.py):
+    What training here leaves as it is, and checkpoints of other libraries may not (nanocolbert/checkpoints/):
     expand_queries_to: queries are filled with [MASK] to so many tokens (None: to query_maxlen; 0: not at all).
     query_marker_id, passage_marker_id: the token after [CLS] (None: there is none).
     query_prompt, passage_prompt: put before each text. strip_texts: white space around it is cut off.
@@ -264,13 +264,13 @@ class ColBERT(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, name_or_path, revision: str | None = None, device=None, **others) -> "ColBERT":
-        """Load weights, settings and tokenizer of a checkpoint of any layout (see layouts.py), fp32, in eval mode.
+        """Load weights, settings and tokenizer of a checkpoint of any layout (see nanocolbert/checkpoints/), fp32, in eval mode.
 
         name_or_path: a folder, v1's .dnn file, or a name on the hub, of which `revision` picks a version. device: where
         to; by default the GPU if there is one.
         Raises InputError where the checkpoint cannot be honoured to the letter, and for Hugging Face's other options.
         """
-        import layouts  # here, because it reads this module
+        from nanocolbert.checkpoints import layouts  # here, because it reads this module
 
         if others.pop("trust_remote_code", False):
             raise InputError(f"{name_or_path}: trust_remote_code: no code of a checkpoint is run here")
@@ -293,7 +293,7 @@ class ColBERT(PreTrainedModel):
             super().save_pretrained(path, *args, **kwargs)
             self.tokenizer.save_pretrained(path)
         else:
-            import layouts
+            from nanocolbert.checkpoints import layouts
 
             layouts.save(self, path, layout)
         for file, time in before.items():  # one file, or several: those that were not written anew
@@ -303,7 +303,7 @@ class ColBERT(PreTrainedModel):
 
     def push_to_hub(self, repo_id: str, layout: str = "nanocolbert", **kwargs) -> str:
         """Upload the model and its card to the hub; kwargs of HfApi.create_repo. Returns the repository's address."""
-        import layouts
+        from nanocolbert.checkpoints import layouts
 
         return layouts.push(self, repo_id, layout, **kwargs)
 
@@ -769,6 +769,6 @@ def model_fingerprint(path) -> str:
     elif len(files) < 2 or not files[0].is_file():
         raise InputError(
             f"{path}: no model here (config.json and *.safetensors): run train.py first; one on the hub or a .dnn file "
-            "is written into a folder by layouts.py"
+            "is written into a folder by scripts/convert.py"
         )
     return fingerprint(*files)

@@ -31,9 +31,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import cli
-from cli import InputError, check_launch, positive, run_stage, say, word
-from knobs import QUALITY, Effort, effort_for
+from nanocolbert import cli
+from nanocolbert.cli import InputError, check_launch, positive, run_stage, say, word
+from nanocolbert.index.knobs import QUALITY, Effort, effort_for
 
 NPROBE, FAISS_DEPTH, BATCH_SIZE = 32, 1024, 32  # how hard to look, unless told otherwise; queries at a time
 
@@ -85,15 +85,24 @@ import transformers
 from accelerate import PartialState
 from torch import Tensor
 
-import runs
-from artifact import beside, check_file, check_output_file, is_device, peak_memory_mb, read_meta, replacing, verify
-from compute import default_device
-from maxsim import maxsim_packed
 from model import ColBERT, check_texts, model_fingerprint
-from progress import progress
-from ragged import Ids, Ragged, neighbours
-from search import CompressedIndex, Ranking, highest, read_vectors, top
-from tsv import Collection, read_queries
+from nanocolbert.compute import default_device
+from nanocolbert.index.compressed import CompressedIndex, Ranking, highest, read_vectors, top
+from nanocolbert.maxsim import maxsim_packed
+from nanocolbert.progress import progress
+from nanocolbert.storage import runs
+from nanocolbert.storage.artifact import (
+    beside,
+    check_file,
+    check_output_file,
+    is_device,
+    peak_memory_mb,
+    read_meta,
+    replacing,
+    verify,
+)
+from nanocolbert.storage.ragged import Ids, Ragged, neighbours
+from nanocolbert.storage.tsv import Collection, read_queries
 
 RERANK_TOKENS = {"cpu": 4096, "cuda": 1 << 20}  # embeddings of candidates scored at a time
 EXACT_TOKENS = 4096  # embeddings scored at a time by exact search
@@ -151,7 +160,7 @@ class Searcher:
     def _open_codes(self) -> CompressedIndex:
         if not self.gpu_index:
             return CompressedIndex(self.index_dir)
-        from gpu_search import GpuIndex
+        from nanocolbert.index.gpu_index import GpuIndex
 
         return GpuIndex(self.index_dir, self.device)
 

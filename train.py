@@ -24,8 +24,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cli
-from cli import InputError, count, first_line, not_negative_float, positive, positive_float, run_stage, seed
+from nanocolbert import cli
+from nanocolbert.cli import InputError, count, first_line, not_negative_float, positive, positive_float, run_stage, seed
 
 
 def rate(text: str) -> float:
@@ -128,8 +128,15 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import load, set_seed
 from transformers import AutoConfig
 
-import runs
-from artifact import (
+from model import FRAME, ColBERT, length_batches, to_device
+from nanocolbert.checkpoints.layouts import is_colbert
+from nanocolbert.compute import COMPUTE_DTYPES, mixed_precision, own_dropout
+from nanocolbert.encoder.attention import pack, packable
+from nanocolbert.encoder.pretrained import check_weights, set_dropout
+from nanocolbert.maxsim import maxsim, maxsim_packed, maxsim_pairs
+from nanocolbert.progress import progress
+from nanocolbert.storage import runs
+from nanocolbert.storage.artifact import (
     check_apart,
     check_file,
     check_sums,
@@ -145,15 +152,8 @@ from artifact import (
     verify,
     write_json,
 )
-from attention import pack, packable
-from compute import COMPUTE_DTYPES, mixed_precision, own_dropout
-from encoders import check_weights, set_dropout
-from layouts import is_colbert
-from maxsim import maxsim, maxsim_packed, maxsim_pairs
-from model import FRAME, ColBERT, length_batches, to_device
-from progress import progress
-from ragged import Ids, Ragged, load_npy, ranges
-from tsv import read_queries
+from nanocolbert.storage.ragged import Ids, Ragged, load_npy, ranges
+from nanocolbert.storage.tsv import read_queries
 
 TRAIN_TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 1 << 16}  # passages that go through the encoder together, if padded
 NEW = {"dim": 128, "mask_punctuation": True, "projection": "orthogonal", "attention_dropout": 0.0}  # of a new ColBERT

@@ -31,18 +31,18 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from cli import InputError, catch_signals, cores, maxlen, positive, run_stage
+from nanocolbert.cli import InputError, catch_signals, cores, maxlen, positive, run_stage
 
 if __name__ == "__main__":  # before the imports that take a second
     catch_signals()
 
 import numpy as np
 
-from artifact import check_file, check_output_dir, fingerprint, publish, seen_from, write_meta
-from progress import progress
-from ragged import Ids, IdWriter, NpyWriter, RaggedWriter
-from text import own_backend, prepare_texts, tokenize
-from tsv import batched, open_bytes, read_id_text, read_lines, read_rows
+from nanocolbert.progress import progress
+from nanocolbert.storage.artifact import check_file, check_output_dir, fingerprint, publish, seen_from, write_meta
+from nanocolbert.storage.ragged import Ids, IdWriter, NpyWriter, RaggedWriter
+from nanocolbert.storage.tsv import batched, open_bytes, read_id_text, read_lines, read_rows
+from nanocolbert.text import own_backend, prepare_texts, tokenize
 
 CHUNK = 2000  # texts handed to a worker at a time
 GUESSED = 100  # lines of triples looked at to tell ids from texts
@@ -265,8 +265,10 @@ def main(args):
         raise InputError("nothing to do: give --collection, or --triples, or both")
     tokenizer_folder = [args.tokenizer] if Path(args.tokenizer).is_dir() else []
     check_output_dir(args.output_dir, "tokens", *inputs, *tokenizer_folder)
-    from layouts import texts_of  # here: the workers, which import this file, need neither torch nor transformers
     from model import load_tokenizer, tokenizer_fingerprint
+    from nanocolbert.checkpoints.layouts import (
+        texts_of,  # here: the workers, which import this file, need neither torch nor transformers
+    )
 
     tokenizer = load_tokenizer(args.tokenizer)
     texts = texts_of(args.tokenizer)  # a ColBERT checkpoint may put prompts before them

@@ -13,9 +13,9 @@ import argparse
 import time
 from pathlib import Path
 
-import cli
-from cli import InputError, run_stage
-from knobs import LONGEST
+from nanocolbert import cli
+from nanocolbert.cli import InputError, run_stage
+from nanocolbert.index.knobs import LONGEST
 
 
 def parse_args():
@@ -37,11 +37,11 @@ if __name__ == "__main__":  # before the imports that take seconds: --help, or a
 
 import transformers
 
-import search
-from artifact import check_file, read_meta, verify
-from compute import default_device
 from model import ColBERT, model_fingerprint
-from tsv import batched, check_id, read_id_text, read_lines
+from nanocolbert.compute import default_device
+from nanocolbert.index import compressed
+from nanocolbert.storage.artifact import check_file, read_meta, verify
+from nanocolbert.storage.tsv import batched, check_id, read_id_text, read_lines
 
 PASSAGES = 4096  # embedded and added at a time
 
@@ -55,7 +55,7 @@ def read_new(path):
         yield number, pid, text
 
 
-def check_new(index: search.CompressedIndex, model: ColBERT, path) -> None:
+def check_new(index: compressed.CompressedIndex, model: ColBERT, path) -> None:
     """Read a collection through, and raise InputError, naming the line, if a passage cannot be added."""
     for block in batched(read_new(path), PASSAGES):
         numbers, pids, texts = zip(*block, strict=True)
@@ -102,9 +102,9 @@ def main(args):
     if meta["method"] != "codes":
         raise InputError(f"{args.index_dir}: IVFPQ, which is not changed: build it anew, or with --method codes")
     if args.compact:
-        changed = search.compact(args.index_dir)
+        changed = compressed.compact(args.index_dir)
     elif args.delete:
-        changed = search.delete(args.index_dir, *read_pids(args.delete))
+        changed = compressed.delete(args.index_dir, *read_pids(args.delete))
     else:
         if not args.model:
             raise InputError("--add needs the model that the index was made from: give --model")
@@ -117,8 +117,8 @@ def main(args):
         model.check_tokenizer(args.index_dir, meta)
         # a pipe can be read once only
         check = (lambda index: check_new(index, model, args.add)) if args.add.is_file() else (lambda index: None)
-        changed = search.add(args.index_dir, embed(model, args.add), check)
-    index = search.CompressedIndex(args.index_dir)
+        changed = compressed.add(args.index_dir, embed(model, args.add), check)
+    index = compressed.CompressedIndex(args.index_dir)
     return {
         "index_dir": str(args.index_dir),
         "changed": changed,

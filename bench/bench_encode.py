@@ -42,9 +42,9 @@ from measure import (
 )
 from parity import call_peer, peer_versions
 
-from compute import fast_dtype
 from model import FRAME, MARKERS, ColBERT, tokenize
-from tsv import read_id_text
+from nanocolbert.compute import fast_dtype
+from nanocolbert.storage.tsv import read_id_text
 
 WAYS = ("reference", "ours_fp32", "ours")
 PEERS = ("sentence-transformers", "pylate")

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from measure import add_machine_flags, hardware, matmul_gflops, spread, timed, write_result
 
-from maxsim import maxsim, maxsim_packed
+from nanocolbert.maxsim import maxsim, maxsim_packed
 
 LQ, LD, D = 32, 180, 128
 

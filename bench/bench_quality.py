@@ -26,13 +26,13 @@ import transformers
 from accelerate import Accelerator
 from measure import DATA, MINILM, add_results_flag, hardware, write_result
 
-import runs
 import train
-from artifact import read_meta
 from evaluate import randomisation_test
 from model import ColBERT, frame
-from ragged import Ids, Ragged
-from tsv import read_queries
+from nanocolbert.storage import runs
+from nanocolbert.storage.artifact import read_meta
+from nanocolbert.storage.ragged import Ids, Ragged
+from nanocolbert.storage.tsv import read_queries
 
 WAYS = ("padded", "fast")
 RECIPE = {"mask_punctuation": True, "similarity": "cosine", "in_batch_negatives": True, "dropout": 0.0}

@@ -23,8 +23,8 @@ import torch
 import transformers
 from measure import DATA, REPO, add_results_flag, hardware, matmul_gflops, spread, status_bytes, timed, write_result
 
+from nanocolbert.storage.tsv import read_queries
 from retrieve import Searcher, default_rerank_depth
-from tsv import read_queries
 
 BATCH = 32
 WARM_UP = 3  # queries

@@ -35,13 +35,13 @@ from bench_retrieve import recall
 from measure import REPO, add_results_flag, command_flags, hardware, run_command, timed, write_result
 from peers.search_peer import time_queries
 
-from artifact import read_meta, sums_of, write_json
-from knobs import effort_for
 from model import ColBERT
-from ragged import Ragged
+from nanocolbert.index.compressed import CompressedIndex
+from nanocolbert.index.knobs import effort_for
+from nanocolbert.storage.artifact import read_meta, sums_of, write_json
+from nanocolbert.storage.ragged import Ragged
+from nanocolbert.storage.tsv import read_queries
 from retrieve import Searcher
-from search import CompressedIndex
-from tsv import read_queries
 
 KS = (10, 100)
 EXACT_QUERIES = 10  # that exact search is timed with

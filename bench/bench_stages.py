@@ -20,7 +20,7 @@ import transformers
 from measure import DATA, MINILM, add_results_flag, hardware, run_command, write_result
 
 from model import ColBERT
-from tsv import read_rows
+from nanocolbert.storage.tsv import read_rows
 
 ENCODERS = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 256},

@@ -30,10 +30,10 @@ from bench_encode import encoder_folder, load_texts, useful_gflop
 from measure import DATA, MINILM, add_machine_flags, hardware, matmul_gflops, spread, status_bytes, timed, write_result
 
 import train
-from attention import packable
-from compute import COMPUTE_DTYPES, fast_dtype, mixed_precision
 from model import FRAME, MARKERS, ColBERT, to_device, tokenize
-from ragged import RaggedWriter
+from nanocolbert.compute import COMPUTE_DTYPES, fast_dtype, mixed_precision
+from nanocolbert.encoder.attention import packable
+from nanocolbert.storage.ragged import RaggedWriter
 
 WAYS = ("reference", "ours_fp32", "ours")
 worker = None  # of this process

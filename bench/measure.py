@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from compute import fast_dtype
+from nanocolbert.compute import fast_dtype
 
 REPO = Path(__file__).resolve().parent.parent
 DATA = REPO.parent / "shared" / "data"  # real collections in MS MARCO's format, where there are any

@@ -4,7 +4,7 @@
 
 reads   --environments: a folder of virtual environments named sentence-transformers, pylate and colbert-ai, made from
         bench/peers/requirements-*.txt; 500 passages and 200 queries of ../shared/data
-writes  results/parity.json, and with --golden the tiny checkpoints and vectors that tests/test_layouts.py reads
+writes  results/parity.json, and with --golden the tiny checkpoints and vectors that tests/checkpoints/test_layouts.py reads
 
 For each layout a checkpoint on a real encoder (--model) and on tiny random BERT, ModernBERT and XLM-R encoders, made
 by the library's own save function; for the tiny ones also with its options changed. And our own, written for each
@@ -41,12 +41,12 @@ from transformers import (
 )
 
 import model as model_module
-from artifact import write_json
-from cli import InputError, run_stage
-from layouts import name_as_before
-from maxsim import maxsim_packed
 from model import ColBERT
-from tsv import read_id_text, read_queries
+from nanocolbert.checkpoints.layouts import name_as_before
+from nanocolbert.cli import InputError, run_stage
+from nanocolbert.maxsim import maxsim_packed
+from nanocolbert.storage.artifact import write_json
+from nanocolbert.storage.tsv import read_id_text, read_queries
 
 PEERS = {"stanford": "colbert-ai", "pylate": "pylate", "sentence-transformers": "sentence-transformers"}
 ENCODERS = ("bert", "modernbert", "xlm-roberta")

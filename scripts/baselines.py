@@ -19,12 +19,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cli
-from artifact import check_output_file
-from cli import InputError, first_line, positive, run_stage
-from progress import progress
-from runs import write_run
-from tsv import read_id_text, read_queries
+from nanocolbert import cli
+from nanocolbert.cli import InputError, first_line, positive, run_stage
+from nanocolbert.progress import progress
+from nanocolbert.storage.artifact import check_output_file
+from nanocolbert.storage.runs import write_run
+from nanocolbert.storage.tsv import read_id_text, read_queries
 
 CHUNK = 4096  # passages held as vectors at a time; (queries, CHUNK) scores fit in memory with them
 Rankings = Iterator[tuple[str, list[str], list[float]]]
@@ -64,7 +64,7 @@ def load_encoder(model: str, max_tokens: int, batch_size: int):
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    from compute import default_device, fast_dtype
+    from nanocolbert.compute import default_device, fast_dtype
 
     device = default_device().type
     dtype = fast_dtype(device)

@@ -26,9 +26,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cli
-from artifact import check_output_dir, fingerprint, publish, write_meta
-from cli import InputError, run_stage
+from nanocolbert import cli
+from nanocolbert.cli import InputError, run_stage
+from nanocolbert.storage.artifact import check_output_dir, fingerprint, publish, write_meta
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "_vendor", "idlelib", "lib2to3", "distutils"}
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from artifact import read_json
-from cli import InputError, run_stage, start
-from runs import read_qrels, read_run
-from tsv import read_id_text, read_queries
+from nanocolbert.cli import InputError, run_stage, start
+from nanocolbert.storage.artifact import read_json
+from nanocolbert.storage.runs import read_qrels, read_run
+from nanocolbert.storage.tsv import read_id_text, read_queries
 
 COLUMNS = ("MRR@10", "Recall@50", "Recall@200", "Recall@1000", "nDCG@10")
 

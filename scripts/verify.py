@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from artifact import verify
-from cli import run_stage, start
+from nanocolbert.cli import run_stage, start
+from nanocolbert.storage.artifact import verify
 
 
 def parse_args():

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 from conftest import ROOT, run_stage_cli, succeed
 
-from ragged import Ragged
+from nanocolbert.storage.ragged import Ragged
 
 
 def test_fast_training_is_as_good(tokens_dir, encoder_dir, toy_dir, tmp_path):

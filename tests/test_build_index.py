@@ -10,9 +10,9 @@ import pytest
 from conftest import call_stage, succeed
 
 from build_index import sample_embeddings
-from codec import default_nlist
-from ragged import Ragged
-from search import CompressedIndex
+from nanocolbert.index.codec import default_nlist
+from nanocolbert.index.compressed import CompressedIndex
+from nanocolbert.storage.ragged import Ragged
 
 
 def test_index_holds_every_embedding(index_dir, embedding_dir):

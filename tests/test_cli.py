@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import ROOT
 
-import cli
+from nanocolbert import cli
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_what_can_be_mended_is_one_line(capsys, error, said):
 SCRIPT = """
 import sys, time
 sys.path.insert(0, {root!r})
-import cli
+from nanocolbert import cli
 def main(args):
     print("ready", flush=True)
     try:

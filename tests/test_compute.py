@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-import compute
+from nanocolbert import compute
 
 PRODUCT = torch.mm
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import call_stage, launch_cli, succeed
 
-from artifact import lock, read_meta, verify
 from model import ColBERT, EmbeddingError
-from ragged import Ids, Ragged
+from nanocolbert.storage.artifact import lock, read_meta, verify
+from nanocolbert.storage.ragged import Ids, Ragged
 
 ARRAYS = ("values.npy", "offsets.npy", "pids.npy")
 

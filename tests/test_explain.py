@@ -10,8 +10,8 @@ from matplotlib.patches import Rectangle
 from test_model import modernbert, train_tokenizer, xlm_roberta
 
 import model as model_module
-from explain import COLUMNS, explain
 from model import ColBERT
+from nanocolbert.explain import COLUMNS, explain
 
 QUERY = "find the $old$ boat, and <b>drums</b>?"
 PASSAGES = [

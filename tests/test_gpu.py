@@ -5,15 +5,15 @@ import pytest
 import torch
 from conftest import run_stage_cli, succeed
 from test_codec import NLIST, make_passages, make_query
-from test_search import EVERYTHING, block, make_index
+from test_compressed import EVERYTHING, block, make_index
 
-from attention import packable
-from codec import Codec
-from gpu_search import GpuIndex
-from maxsim import maxsim, maxsim_packed
 from model import ColBERT, to_device
-from ragged import Ragged
-from search import CompressedIndex
+from nanocolbert.encoder.attention import packable
+from nanocolbert.index.codec import Codec
+from nanocolbert.index.compressed import CompressedIndex
+from nanocolbert.index.gpu_index import GpuIndex
+from nanocolbert.maxsim import maxsim, maxsim_packed
+from nanocolbert.storage.ragged import Ragged
 from train import Triples, collate, read_log, triples_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -20,8 +20,6 @@ from transformers import (
 )
 
 import model as model_module
-from cli import InputError
-from maxsim import MAXSIM_BYTES, maxsim, maxsim_packed, maxsim_pairs
 from model import (
     FRAME,
     ColBERT,
@@ -34,6 +32,8 @@ from model import (
     tokenize,
     tokenizer_fingerprint,
 )
+from nanocolbert.cli import InputError
+from nanocolbert.maxsim import MAXSIM_BYTES, maxsim, maxsim_packed, maxsim_pairs
 
 TEXTS = [
     "the old boat, and a drum!",

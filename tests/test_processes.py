@@ -14,7 +14,7 @@ from accelerate.commands import launch
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from conftest import ROOT, TRAIN_STEPS, call_stage, launch_cli, launch_command, succeed, without_gpus
 
-import cli
+from nanocolbert import cli
 from train import list_checkpoints, read_log
 
 ARRAYS = ("values.npy", "offsets.npy", "pids.npy")
@@ -150,7 +150,7 @@ def test_a_signal_that_the_launcher_passes_on_is_one_signal(tmp_path):
     script = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import cli
+from nanocolbert import cli
 cli.catch_signals()
 soft = cli.stop_softly()
 print("ready", flush=True)

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-import progress
+from nanocolbert import progress
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ import pytest
 import torch
 from conftest import call_stage, launch_cli, run_stage_cli, succeed
 
-import runs
-from artifact import lock
-from cli import InputError
 from model import ColBERT
-from ragged import Ids, Ragged
+from nanocolbert.cli import InputError
+from nanocolbert.storage import runs
+from nanocolbert.storage.artifact import lock
+from nanocolbert.storage.ragged import Ids, Ragged
+from nanocolbert.storage.tsv import read_queries
 from retrieve import Searcher, best_candidates, top
-from tsv import read_queries
 
 FULL = ("--nprobe", 4, "--faiss_depth", 5000, "--rerank_depth", 40)  # more than there is: FAISS answers with -1
 

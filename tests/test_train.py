@@ -20,12 +20,12 @@ from conftest import ROOT, TRAIN_STEPS, call_stage, succeed, toy_inputs
 from safetensors.torch import load_file, save_file
 from transformers import BertTokenizerFast
 
-import cli
 import train as train_stage
-from artifact import SUM, check_output_dir, check_sums, lock, read_json, read_meta, verify
-from cli import InputError
-from compute import mixed_precision
 from model import ColBERT, model_fingerprint
+from nanocolbert import cli
+from nanocolbert.cli import InputError
+from nanocolbert.compute import mixed_precision
+from nanocolbert.storage.artifact import SUM, check_output_dir, check_sums, lock, read_json, read_meta, verify
 from train import (
     Triples,
     check_same_draws,

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, call_stage, run_stage_cli, succeed, toy_inputs
 
 from model import load_tokenizer
-from ragged import Ids, Ragged
+from nanocolbert.storage.ragged import Ids, Ragged
 from tsv2mmap import TextRows
 
 DOC_MAXLEN, QUERY_MAXLEN, FRAME = 180, 32, 3

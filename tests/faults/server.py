@@ -156,11 +156,11 @@ def preload() -> None:
     import transformers.models.bert.modeling_bert
     import transformers.models.bert.tokenization_bert  # noqa: F401
 
-    import codec as codec_module
-    import compute
-    import layouts  # noqa: F401
-    import search
-    from knobs import effort_for
+    from nanocolbert import compute
+    from nanocolbert.checkpoints import layouts  # noqa: F401
+    from nanocolbert.index import codec as codec_module
+    from nanocolbert.index import compressed
+    from nanocolbert.index.knobs import effort_for
 
     compute.bf16_pays()  # measured once: the same answer for all
     torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], fused=True)
@@ -168,9 +168,9 @@ def preload() -> None:
     with tempfile.TemporaryDirectory() as folder:  # loads the compiled loops
         vectors, lengths = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float16), np.full(8, 8)
         codec = codec_module.Codec.train(vectors.astype(np.float32), lengths, 2, 8, 0, torch.device("cpu"))
-        search.create(folder, codec, [(codec.encode(vectors, lengths), list("abcdefgh"))])
-        search.compact(folder)
-        index, query = search.CompressedIndex(folder), torch.from_numpy(vectors[:4]).float()
+        compressed.create(folder, codec, [(codec.encode(vectors, lengths), list("abcdefgh"))])
+        compressed.compact(folder)
+        index, query = compressed.CompressedIndex(folder), torch.from_numpy(vectors[:4]).float()
         index.search_many([query], 2, effort_for("fast", 2, n_coarse=4, n_fine=3))
     tqdm.tqdm.monitor_interval = interval
 

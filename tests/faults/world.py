@@ -70,7 +70,7 @@ STAGES = {
         Stage("exact.run", f"{SEARCH} --index_dir embeddings --exact --output out/exact.run"),
         Stage("reranked.run", f"{SEARCH} --index_dir vectors --candidates candidates.tsv --output out/reranked.run"),
         Stage("measures.json", "evaluate.py --qrels qrels.tsv --run codes.run --output out/measures.json"),
-        Stage("pylate", "layouts.py --model model --layout pylate --output_dir out/pylate"),
+        Stage("pylate", "scripts/convert.py --model model --layout pylate --output_dir out/pylate"),
         Stage("added", f"{UPDATE}added --cpu --model model --add more.tsv", "vectors"),
         Stage("deleted", f"{UPDATE}deleted --delete pids.txt", "codes"),
         Stage("compacted", f"{UPDATE}compacted --compact", "deleted"),

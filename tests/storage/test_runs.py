@@ -4,9 +4,9 @@ import random
 import numpy as np
 import pytest
 
-import runs
-from cli import InputError
-from ragged import Ids
+from nanocolbert.cli import InputError
+from nanocolbert.storage import runs
+from nanocolbert.storage.ragged import Ids
 
 
 def msmarco_official(qrels, rankings, k):

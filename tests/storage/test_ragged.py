@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from cli import InputError
-from ragged import Ids, IdWriter, NpyWriter, Ragged, RaggedWriter, allocate_npy, neighbours, ranges
+from nanocolbert.cli import InputError
+from nanocolbert.storage.ragged import Ids, IdWriter, NpyWriter, Ragged, RaggedWriter, allocate_npy, neighbours, ranges
 
 ROWS = [[1, 2, 3], [], [4], [], [], [5, 6], [7, 8, 9, 10], []]
 
@@ -116,7 +116,7 @@ def test_ids_both_ways(tmp_path, ids, kind):
 
 
 def test_a_late_word_among_many_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr("ragged.BLOCK", 16)  # several blocks when the ids are written
+    monkeypatch.setattr("nanocolbert.storage.ragged.BLOCK", 16)  # several blocks when the ids are written
     ids = [*map(str, range(500)), "x", *map(str, range(500, 700))]
     stored = write_ids(tmp_path / "ids.npy", ids, block=64)
     assert stored.text(np.arange(len(ids))) == ids and stored.rows(["x", "500", "0"]).tolist() == [500, 501, 0]

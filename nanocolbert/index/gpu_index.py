@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codec import Book
-from kernels import SCALE
-from maxsim import maxsim_packed
-from search import BLOCK, CompressedIndex, Segment, read_vectors
+from nanocolbert.index.codec import Book
+from nanocolbert.index.compressed import BLOCK, CompressedIndex, Segment, read_vectors
+from nanocolbert.index.kernels import SCALE
+from nanocolbert.maxsim import maxsim_packed
 
 
 class GpuIndex(CompressedIndex):

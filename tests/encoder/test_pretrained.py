@@ -11,12 +11,11 @@ from conftest import call_stage
 from safetensors.torch import load_file, save_file
 from test_model import TEXTS, train_tokenizer
 
-import attention
-import encoders
 import model as model_module
-from cli import InputError
-from encoders import POINTER, check_weights, load_tokenizer, longest_input
 from model import ColBERT, tokenizer_fingerprint
+from nanocolbert.cli import InputError
+from nanocolbert.encoder import attention, pretrained
+from nanocolbert.encoder.pretrained import POINTER, check_weights, load_tokenizer, longest_input
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 MORE = {
@@ -60,7 +59,7 @@ def save_base(kind: str, folder, **settings) -> torch.nn.Module:
     return encoder
 
 
-@pytest.mark.parametrize("kind", encoders.KNOWN)
+@pytest.mark.parametrize("kind", pretrained.KNOWN)
 def test_known_encoders(kind, tmp_path):
     """Alone as in a padded batch; the encoder's own forward pass; the same once saved and loaded; at full length."""
     if kind not in transformers.CONFIG_MAPPING:

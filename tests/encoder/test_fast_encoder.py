@@ -8,8 +8,7 @@ import torch
 import transformers
 from test_attention import ENCODERS
 
-import attention
-import fast_encoder
+from nanocolbert.encoder import attention, fast_encoder
 
 LENGTHS, KEYS = (
     torch.tensor([40, 22, 7, 31, 64, 33]),

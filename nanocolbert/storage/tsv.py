@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from artifact import check_file
-from cli import InputError
+from nanocolbert.cli import InputError
+from nanocolbert.storage.artifact import check_file
 
 BLOCK = 1 << 22  # bytes looked through at a time
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")

@@ -1,8 +1,5 @@
 """Checkpoints of every ColBERT library: told apart by their files, read into ColBERTConfig, written for any of them.
 
-    python layouts.py --model colbert-ir/colbertv2.0 --output_dir model                    # into our own layout
-    python layouts.py --model model --layout sentence-transformers --output_dir for_st     # out of it
-
 reads   a folder, a name on the hub, or v1's .dnn file, in one of the layouts
           nanocolbert            config.json of model_type colbert, model.safetensors, tokenizer
           reference              nanoColBERT's own: a BERT config.json with similarity_metric
@@ -17,52 +14,25 @@ that is missing has the value that library itself would take, or is an error. en
 encoders, for all of them.
 """
 
-import argparse
 import contextlib
 import copy
 import json
 import string
 import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import InputError, run_stage, start
+from nanocolbert.cli import InputError
 
 LAYOUTS = ("nanocolbert", "stanford", "pylate", "sentence-transformers")
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="ColBERT checkpoint of any layout: folder, hub name, .dnn file")
-    parser.add_argument("--revision", help="version of a model on the hub: branch, tag or commit")
-    parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="to write (default nanocolbert)")
-    parser.add_argument("--output_dir", type=Path, required=True, help="the model folder to write")
-    switch = argparse.BooleanOptionalAction
-    parser.add_argument("--verify", action=switch, default=False, help="check the checksums of what is read first")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":  # before the imports that take seconds: --help, or a wrong flag, is answered at once
-    ARGS = start(parse_args)
-
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AddedToken, AutoConfig, PreTrainedConfig
 
-from artifact import (
-    check_output_dir,
-    check_sizes,
-    check_sums,
-    publish,
-    read_json,
-    sums_of,
-    verify,
-    write_json,
-    write_meta,
-)
-from encoders import (
+from model import FRAME, ColBERT, ColBERTConfig, check_weights, own_backend, prepare_texts, tokenize
+from nanocolbert.encoder.pretrained import (
     SIZES,
     check_folder,
     load_config,
@@ -75,7 +45,12 @@ from encoders import (
     read_weights,
     special_token_ids,
 )
-from model import FRAME, ColBERT, ColBERTConfig, check_weights, model_fingerprint, own_backend, prepare_texts, tokenize
+from nanocolbert.storage.artifact import (
+    check_sizes,
+    check_sums,
+    read_json,
+    write_json,
+)
 
 # Texts on which our word pieces must be those of the other library, prompts and markers included.
 PROBES = ["what is late interaction?", "A", "", "(a) b-c, 2.5", "caf\u00e9 \u65e5\u672c", "two  spaces"]
@@ -879,26 +854,3 @@ def push(model: ColBERT, repo_id: str, layout: str, **kwargs) -> str:
         address = api.create_repo(repo_id, exist_ok=True, **kwargs)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload ColBERT model")
     return str(address)
-
-
-def main(args):
-    started = time.time()
-    transformers.utils.logging.disable_progress_bar()
-    check_output_dir(args.output_dir, "model", args.model)
-    if args.verify:
-        verify(args.model)
-    model = ColBERT.from_pretrained(args.model, revision=args.revision, device="cpu")
-    with publish(args.output_dir) as folder:
-        model.save_pretrained(folder, layout=args.layout)
-        write_card(folder, args.layout, model, args.output_dir.name)
-        facts = {"layout": args.layout, "converted_from": args.model}
-        if model.meta is None:
-            write_meta(folder, "model", model_fingerprint(folder), started, args, **facts)
-        else:  # what is known of its training stays
-            meta = {**model.meta, "kind": "model", **facts, "files": sums_of(folder)}
-            write_json(folder / "meta.json", meta, summed=True)
-    return {"output_dir": str(args.output_dir), "layout": args.layout, "dim": model.config.dim}
-
-
-if __name__ == "__main__":
-    run_stage(main, ARGS)

@@ -16,14 +16,14 @@ import torch
 from conftest import ROOT, call_stage, succeed
 from safetensors.torch import load_file, save_file
 
-import attention
-import layouts
 import model as model_module
-from artifact import read_meta, write_meta
-from cli import InputError
-from encoders import SETTINGS_FILES
-from maxsim import maxsim
 from model import ColBERT, load_tokenizer, model_fingerprint
+from nanocolbert.checkpoints import layouts
+from nanocolbert.cli import InputError
+from nanocolbert.encoder import attention
+from nanocolbert.encoder.pretrained import SETTINGS_FILES
+from nanocolbert.maxsim import maxsim
+from nanocolbert.storage.artifact import read_meta, write_meta
 
 GOLDEN = ROOT / "tests" / "golden"
 TEXTS = json.loads((GOLDEN / "texts.json").read_text())
@@ -427,20 +427,20 @@ def test_command_line(colbert, tmp_path):
     (tmp_path / "ours" / "meta.json").write_text(json.dumps(META))
     for layout, source in (("sentence-transformers", "ours"), ("nanocolbert", "sentence-transformers")):
         arguments = ("--model", tmp_path / source, "--layout", layout, "--output_dir", tmp_path / layout)
-        succeed(call_stage("layouts.py", *arguments))
+        succeed(call_stage("convert.py", *arguments))
         assert layouts.detect(tmp_path / layout) == layout
         assert_same(colbert, ColBERT.from_pretrained(tmp_path / layout))
-        meta = read_meta(tmp_path / layout, "model", "layouts.py", check=True)
+        meta = read_meta(tmp_path / layout, "model", "convert.py", check=True)
         assert meta["layout"] == layout and meta["steps"] == 400 and meta["args"] == META["args"]
     assert "| steps | 400 |" in (tmp_path / "sentence-transformers" / "README.md").read_text()
     for again in ("ours", "none", "text"):  # a model that came without a meta.json gets one
         (tmp_path / "ours" / "meta.json").unlink(missing_ok=True)
         (tmp_path / "text").write_text("")
-        done = call_stage("layouts.py", "--model", tmp_path / again, "--output_dir", tmp_path / "ours2", "--no-verify")
+        done = call_stage("convert.py", "--model", tmp_path / again, "--output_dir", tmp_path / "ours2", "--no-verify")
         assert (done.returncode == 0) == (again == "ours")
-    assert read_meta(tmp_path / "ours2", "model", "layouts.py", check=True)["layout"] == "nanocolbert"
-    failed = call_stage("layouts.py", "--model", tmp_path / "none", "--output_dir", tmp_path / "x")
-    assert failed.returncode == 2 and failed.stderr.startswith("layouts.py: error:") and not (tmp_path / "x").exists()
+    assert read_meta(tmp_path / "ours2", "model", "convert.py", check=True)["layout"] == "nanocolbert"
+    failed = call_stage("convert.py", "--model", tmp_path / "none", "--output_dir", tmp_path / "x")
+    assert failed.returncode == 2 and failed.stderr.startswith("convert.py: error:") and not (tmp_path / "x").exists()
 
 
 def test_command_line_refuses(colbert, tmp_path, monkeypatch):
@@ -458,7 +458,7 @@ def test_command_line_refuses(colbert, tmp_path, monkeypatch):
         ("notes", "holds what is no model folder"),
         ("new", "model.safetensors: damaged within bytes"),
     ):
-        done = call_stage("layouts.py", "--model", tmp_path / "model", "--output_dir", tmp_path / output, "--verify")
+        done = call_stage("convert.py", "--model", tmp_path / "model", "--output_dir", tmp_path / output, "--verify")
         assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "notes"]
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-import codec as codec_module
-import kernels
-from cli import InputError
-from codec import Book, Codec, Codes, code_bytes, deal, find_parents, parts_of, principal_directions
-from kernels import FINAL, LANES
+from nanocolbert.cli import InputError
+from nanocolbert.index import codec as codec_module
+from nanocolbert.index import kernels
+from nanocolbert.index.codec import Book, Codec, Codes, code_bytes, deal, find_parents, parts_of, principal_directions
+from nanocolbert.index.kernels import FINAL, LANES
 
 DIM, NLIST = 32, 8
 LEAST = {1: 0.85, 2: 0.92, 4: 0.98, 8: 0.995}  # mean cosine of decoded vectors, by bits
@@ -112,7 +112,7 @@ def test_a_codec_is_opened_as_it_was(codec, tmp_path):
 def test_blocks_do_not_matter(codec, monkeypatch):
     passages = make_passages(30, 8)
     whole = codec.encode(*passages)
-    monkeypatch.setattr("codec.ENCODE_TOKENS", 50)
+    monkeypatch.setattr("nanocolbert.index.codec.ENCODE_TOKENS", 50)
     parts = codec.encode(*passages)
     for ours, theirs in zip(whole, parts, strict=True):
         assert np.mean(ours == theirs) > 0.99  # products of another shape may round otherwise, and a code be as good
@@ -254,7 +254,7 @@ def test_no_array_is_freed_while_its_address_is_used(tmp_path):
     with open(tmp_path / "calls", "wb") as file:
         pickle.dump({"score_fine": (*score, codec.factors, np.zeros(5, np.int32)), "quantise": quantise}, file)
     program = (
-        "import pickle, sys, kernels\n"
+        "import pickle, sys\nfrom nanocolbert.index import kernels\n"
         "for name, arguments in pickle.load(open(sys.argv[1], 'rb')).items(): getattr(kernels, name)(*arguments)"
     )
     done = subprocess.run(

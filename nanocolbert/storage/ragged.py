@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import InputError, first_line
+from nanocolbert.cli import InputError, first_line
 
 BLOCK = 1 << 16  # ids handled at a time
 CHECKED = 1 << 20  # offsets looked at at a time

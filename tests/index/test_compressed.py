@@ -17,18 +17,17 @@ import torch
 from conftest import ROOT, call_stage, run_stage_cli, succeed
 from test_codec import NLIST, decode_all, make_passages, make_query
 
-import kernels
-import search
-from artifact import check_sums, read_meta, verify, write_meta
-from cli import InputError
-from codec import Codec
-from gpu_search import GpuIndex
-from kernels import LANES
-from knobs import QUALITY, Effort, effort_for
-from maxsim import maxsim_packed
 from model import ColBERT
+from nanocolbert.cli import InputError
+from nanocolbert.index import compressed, kernels
+from nanocolbert.index.codec import Codec
+from nanocolbert.index.compressed import CompressedIndex, add, compact, create, delete, highest, read_state, top
+from nanocolbert.index.gpu_index import GpuIndex
+from nanocolbert.index.kernels import LANES
+from nanocolbert.index.knobs import QUALITY, Effort, effort_for
+from nanocolbert.maxsim import maxsim_packed
+from nanocolbert.storage.artifact import check_sums, read_meta, verify, write_meta
 from retrieve import Searcher
-from search import CompressedIndex, add, compact, create, delete, highest, read_state, top
 
 EVERYTHING = Effort(NLIST, 10**6, 10**6, 10**6)
 
@@ -72,7 +71,7 @@ def check_against(index: CompressedIndex, passages: dict[str, np.ndarray], query
 
 @pytest.mark.parametrize("n_tokens", [3, 32, 70])
 def test_finds_what_brute_force_finds(codec, tmp_path, monkeypatch, n_tokens):
-    monkeypatch.setattr(search, "BLOCK", 64)  # several blocks of lists
+    monkeypatch.setattr(compressed, "BLOCK", 64)  # several blocks of lists
     passages = block(300, 2)
     index = CompressedIndex(make_index(tmp_path / "index", codec, passages))
     assert len(index.segments[0].starts) == 5
@@ -355,12 +354,14 @@ def test_vectors_that_vanish_while_an_index_is_opened(kept_dir, tmp_path, monkey
         calls.append(state["version"])
         if len(calls) == 1:
             with monkeypatch.context() as patch:  # half of the old segment is removed
-                patch.setattr(search, "read_state", read_state)
-                patch.setattr("search.shutil.rmtree", lambda path: (Path(path) / "vectors.npy").unlink())
+                patch.setattr(compressed, "read_state", read_state)
+                patch.setattr(
+                    "nanocolbert.index.compressed.shutil.rmtree", lambda path: (Path(path) / "vectors.npy").unlink()
+                )
                 compact(where)
         return state
 
-    monkeypatch.setattr(search, "read_state", read_then_compact)
+    monkeypatch.setattr(compressed, "read_state", read_then_compact)
     index = CompressedIndex(folder)
     assert calls[0] == 3 and index.state["version"] == 4 and index.keeps_vectors
 

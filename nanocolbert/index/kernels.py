@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from knobs import LONGEST
+from nanocolbert.index.knobs import LONGEST
 
 LANES = 32  # query tokens scored at a time
 ROW = 2 * LANES  # bytes of their scores

@@ -25,15 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import kernels
-from artifact import Spans, check_sizes, link, locked, read_json, sum_of, sums_of, write_json
-from cli import InputError, held
-from codec import Codec, Codes, Tables
-from compute import single_threads
-from kernels import FINAL, LANES
-from knobs import Effort
-from maxsim import maxsim_packed
-from ragged import Ids, IdWriter, NpyWriter, Ragged, check_offsets, load_npy, neighbours, ranges
+from nanocolbert.cli import InputError, held
+from nanocolbert.compute import single_threads
+from nanocolbert.index import kernels
+from nanocolbert.index.codec import Codec, Codes, Tables
+from nanocolbert.index.kernels import FINAL, LANES
+from nanocolbert.index.knobs import Effort
+from nanocolbert.maxsim import maxsim_packed
+from nanocolbert.storage.artifact import Spans, check_sizes, link, locked, read_json, sum_of, sums_of, write_json
+from nanocolbert.storage.ragged import Ids, IdWriter, NpyWriter, Ragged, check_offsets, load_npy, neighbours, ranges
 
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # memory maps; nothing writes to them
 

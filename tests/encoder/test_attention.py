@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-import attention
+from nanocolbert.encoder import attention
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
 ENCODERS = {

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import InputError, first_line, held
+from nanocolbert.cli import InputError, first_line, held
 
 BLOCK = 1 << 22  # bytes read at a time
 SUM = "checksum"  # the key of our JSON files that holds the checksum of all others

@@ -17,8 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import compute
-import fast_encoder
+from nanocolbert import compute
+from nanocolbert.encoder import fast_encoder
 
 NAME = "colbert"
 PACKABLE = ("bert", "distilbert", "electra", "roberta", "xlm-roberta", "modernbert")  # these take position_ids

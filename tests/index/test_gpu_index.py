@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 import torch
 from test_codec import NLIST, make_passages, make_query
-from test_search import EVERYTHING, block, make_index
+from test_compressed import EVERYTHING, block, make_index
 
-from codec import Codec
-from gpu_search import GpuIndex
-from knobs import Effort
-from search import CompressedIndex, add, delete
+from nanocolbert.index.codec import Codec
+from nanocolbert.index.compressed import CompressedIndex, add, delete
+from nanocolbert.index.gpu_index import GpuIndex
+from nanocolbert.index.knobs import Effort
 
 
 @pytest.mark.parametrize(("bits", "vectors"), [(1, False), (4, False), (2, True)])
 def test_finds_what_look_ups_find(tmp_path, monkeypatch, bits, vectors):
-    monkeypatch.setattr("search.BLOCK", 64)  # several blocks of lists
-    monkeypatch.setattr("gpu_search.BLOCK", 64)
+    monkeypatch.setattr("nanocolbert.index.compressed.BLOCK", 64)  # several blocks of lists
+    monkeypatch.setattr("nanocolbert.index.gpu_index.BLOCK", 64)
     codec = Codec.train(*make_passages(300, 1), bits, NLIST, seed=0)
     folder = make_index(tmp_path / "index", codec, block(200, 2), vectors=vectors)
     delete(folder, [f"2-{i}" for i in range(0, 60, 3)])

@@ -20,10 +20,10 @@ from pathlib import Path
 import ir_measures
 import numpy as np
 
-from artifact import replacing
-from cli import InputError
-from ragged import Ids
-from tsv import check_header, open_bytes, read_lines
+from nanocolbert.cli import InputError
+from nanocolbert.storage.artifact import replacing
+from nanocolbert.storage.ragged import Ids
+from nanocolbert.storage.tsv import check_header, open_bytes, read_lines
 
 TREC_COLUMNS = "qid, Q0, pid, rank, score, tag"
 MSMARCO_COLUMNS = "qid, pid, rank"

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig
 
-import attention
-from artifact import read_json
-from cli import InputError, first_line
+from nanocolbert.cli import InputError, first_line
+from nanocolbert.encoder import attention
+from nanocolbert.storage.artifact import read_json
 
 # model_types whose token embeddings of a text are the same alone and beside longer texts, and the same once saved and
 # loaded (tests/test_encoders.py); not those that mix in the padding (convolutions, landmarks, hashes, block-sparse).

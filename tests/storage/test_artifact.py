@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from artifact import (
+from nanocolbert.cli import InputError, run_stage
+from nanocolbert.storage.artifact import (
     check_output_dir,
     check_output_file,
     check_sums,
@@ -31,7 +32,6 @@ from artifact import (
     write_json,
     write_meta,
 )
-from cli import InputError, run_stage
 
 
 def test_publish_appears_when_whole(tmp_path):
@@ -236,8 +236,8 @@ def test_a_signal_at_any_change_leaves_the_old_or_the_new(tmp_path, at):
 SIGNALLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-import cli
-from artifact import publish
+from nanocolbert import cli
+from nanocolbert.storage.artifact import publish
 cli.catch_signals()
 left = int(sys.argv[3])
 def hook(event, arguments):

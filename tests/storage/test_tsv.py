@@ -6,9 +6,9 @@ import tracemalloc
 
 import pytest
 
-import tsv
-from cli import InputError
-from tsv import Collection, count_lines, read_id_text, read_queries, read_rows
+from nanocolbert.cli import InputError
+from nanocolbert.storage import tsv
+from nanocolbert.storage.tsv import Collection, count_lines, read_id_text, read_queries, read_rows
 
 
 def write(path, content: bytes):

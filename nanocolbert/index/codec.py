@@ -30,13 +30,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import kernels
-from cli import InputError
-from compute import fast_dtype, single_threads
-from kernels import CODEWORDS, LANES, SCALE
-from knobs import BITS, LONGEST
-from progress import progress
-from ragged import load_npy, neighbours
+from nanocolbert.cli import InputError
+from nanocolbert.compute import fast_dtype, single_threads
+from nanocolbert.index import kernels
+from nanocolbert.index.kernels import CODEWORDS, LANES, SCALE
+from nanocolbert.index.knobs import BITS, LONGEST
+from nanocolbert.progress import progress
+from nanocolbert.storage.ragged import load_npy, neighbours
 
 BOOKS, LEVELS = ("representative", "follower"), ("coarse", "fine")
 OVERHEAD = 1.2  # bytes a token of centroids, offsets and sizes, in a collection of a few million tokens

@@ -1,0 +1,1 @@
+"""Indexes over token embeddings: compressed codes, IVFPQ, exact."""

@@ -1,0 +1,1 @@
+"""What lies on disk: artifacts, ragged arrays, tab-separated text, runs."""
