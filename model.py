@@ -264,7 +264,7 @@ class ColBERT(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, name_or_path, revision: str | None = None, device=None, **others) -> "ColBERT":
-        """Load weights, settings and tokenizer of a checkpoint of any layout (see nanocolbert/checkpoints/), fp32, in eval mode.
+        """Load weights, settings and tokenizer of a checkpoint of any layout , fp32, in eval mode.
 
         name_or_path: a folder, v1's .dnn file, or a name on the hub, of which `revision` picks a version. device: where
         to; by default the GPU if there is one.

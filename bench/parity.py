@@ -4,7 +4,7 @@
 
 reads   --environments: a folder of virtual environments named sentence-transformers, pylate and colbert-ai, made from
         bench/peers/requirements-*.txt; 500 passages and 200 queries of ../shared/data
-writes  results/parity.json, and with --golden the tiny checkpoints and vectors that tests/checkpoints/test_layouts.py reads
+writes  results/parity.json, and with --golden the tiny checkpoints and vectors of tests/checkpoints/test_layouts.py
 
 For each layout a checkpoint on a real encoder (--model) and on tiny random BERT, ModernBERT and XLM-R encoders, made
 by the library's own save function; for the tiny ones also with its options changed. And our own, written for each
