@@ -1,7 +1,8 @@
 """Embed every passage of the collection: unit token embeddings, fp16, punctuation dropped.
 
     python doc2embedding.py --tokens_dir tokens --model model --output_dir embeddings
-    accelerate launch --multi_gpu --num_processes 8 doc2embedding.py ...   # the same files, eight times as fast
+    accelerate launch --multi_gpu --num_processes 8 --num_machines 1 --mixed_precision no --dynamo_backend no \\
+        doc2embedding.py ...                            # the same files, eight times as fast
     python doc2embedding.py ... --bits 2                                    # compressed at once: a seventh of the disk
 
 reads   tokens/ (tsv2mmap.py) and model/ (train.py)
@@ -63,11 +64,11 @@ from nanocolbert.storage.artifact import (
     remove,
     replacing,
     seen_from,
-    span,
     verify,
     write_json,
     write_meta,
 )
+from nanocolbert.storage.checksums import span
 from nanocolbert.storage.ragged import Ids, NpyWriter, Ragged, allocate_npy, load_npy
 
 

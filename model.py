@@ -41,8 +41,9 @@ from nanocolbert.encoder.pretrained import (
     special_token_ids,
 )
 from nanocolbert.maxsim import maxsim_packed
-from nanocolbert.storage.artifact import fingerprint, share
-from nanocolbert.storage.ragged import neighbours, ranges
+from nanocolbert.storage.artifact import fingerprint
+from nanocolbert.storage.checksums import share
+from nanocolbert.storage.ragged import length_batches, neighbours, ranges
 from nanocolbert.text import FRAME, MARKERS, own_backend, prepare_texts, tokenize
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 131072}  # embedded at a time; a small batch stays in the cache
@@ -732,17 +733,6 @@ def frame(values, lengths, config: ColBERTConfig, kind: str, width: int) -> tupl
     ids[(columns >= 0) & (columns < used[:, None])] = values[ranges(np.cumsum(lengths) - lengths, used)]
     ids[np.arange(len(used)), used + len(head)] = sep
     return torch.from_numpy(ids), torch.from_numpy((columns <= used[:, None]).astype(np.int64))
-
-
-def length_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
-    """Rows grouped into batches of similar length, the longest first, each at most `tokens_per_batch` positions."""
-    order = np.argsort(-lengths, kind="stable")
-    batches, start = [], 0
-    while start < len(order):
-        size = max(1, tokens_per_batch // int(lengths[order[start]]))
-        batches.append(order[start : start + size])
-        start += size
-    return batches
 
 
 def to_device(batch, device):

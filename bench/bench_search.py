@@ -38,7 +38,8 @@ from peers.search_peer import time_queries
 from model import ColBERT
 from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.index.knobs import effort_for
-from nanocolbert.storage.artifact import read_meta, sums_of, write_json
+from nanocolbert.storage.artifact import read_meta, write_json
+from nanocolbert.storage.checksums import sums_of
 from nanocolbert.storage.ragged import Ragged
 from nanocolbert.storage.tsv import read_queries
 from retrieve import Searcher

@@ -34,6 +34,7 @@ from model import FRAME, MARKERS, ColBERT, to_device, tokenize
 from nanocolbert.compute import COMPUTE_DTYPES, fast_dtype, mixed_precision
 from nanocolbert.encoder.attention import packable
 from nanocolbert.storage.ragged import RaggedWriter
+from nanocolbert.training.triples import TOKENS_PER_BATCH, Triples, collate
 
 WAYS = ("reference", "ours_fp32", "ours")
 worker = None  # of this process
@@ -94,10 +95,10 @@ class Worker:
             writer.append(*tokenize(model.tokenizer, texts, maxlen))
             writer.close()
         np.save(folder / "triples.npy", np.concatenate(batches))
-        data = train.Triples(folder, self.args.batch_size, None)
+        data = Triples(folder, self.args.batch_size, None)
         packed = packable(model.encoder, self.accelerator.device, COMPUTE_DTYPES[precision(self.args, self.way)])
-        budget = train.TRAIN_TOKENS_PER_BATCH[self.accelerator.device.type]
-        made = [train.collate(data, rows, model, budget, packed) for rows in batches]
+        budget = TOKENS_PER_BATCH[self.accelerator.device.type]
+        made = [collate(data, rows, model, budget, packed) for rows in batches]
         lengths = [data.passages.lengths(rows[:, 1:].reshape(-1)) + FRAME for rows in batches]
         if packed:
             return made, lengths, 0.0

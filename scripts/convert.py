@@ -37,7 +37,8 @@ import transformers
 
 from model import ColBERT, model_fingerprint
 from nanocolbert.checkpoints.layouts import write_card
-from nanocolbert.storage.artifact import check_output_dir, publish, sums_of, verify, write_json, write_meta
+from nanocolbert.storage.artifact import check_output_dir, publish, verify, write_json, write_meta
+from nanocolbert.storage.checksums import sums_of
 
 
 def main(args):

@@ -14,7 +14,9 @@ from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.index.gpu_index import GpuIndex
 from nanocolbert.maxsim import maxsim, maxsim_packed
 from nanocolbert.storage.ragged import Ragged
-from train import Triples, collate, read_log, triples_loss
+from nanocolbert.training.log import read_log
+from nanocolbert.training.losses import triples_loss
+from nanocolbert.training.triples import Triples, collate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

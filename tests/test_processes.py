@@ -15,7 +15,8 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from conftest import ROOT, TRAIN_STEPS, call_stage, launch_cli, launch_command, succeed, without_gpus
 
 from nanocolbert import cli
-from train import list_checkpoints, read_log
+from nanocolbert.training.log import read_log
+from nanocolbert.training.resume import list_checkpoints
 
 ARRAYS = ("values.npy", "offsets.npy", "pids.npy")
 

@@ -45,12 +45,8 @@ from nanocolbert.encoder.pretrained import (
     read_weights,
     special_token_ids,
 )
-from nanocolbert.storage.artifact import (
-    check_sizes,
-    check_sums,
-    read_json,
-    write_json,
-)
+from nanocolbert.storage.artifact import read_json, write_json
+from nanocolbert.storage.checksums import check_sizes, check_sums
 
 # Texts on which our word pieces must be those of the other library, prompts and markers included.
 PROBES = ["what is late interaction?", "A", "", "(a) b-c, 2.5", "caf\u00e9 \u65e5\u672c", "two  spaces"]

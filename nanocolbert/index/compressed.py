@@ -32,7 +32,8 @@ from nanocolbert.index.codec import Codec, Codes, Tables
 from nanocolbert.index.kernels import FINAL, LANES
 from nanocolbert.index.knobs import Effort
 from nanocolbert.maxsim import maxsim_packed
-from nanocolbert.storage.artifact import Spans, check_sizes, link, locked, read_json, sum_of, sums_of, write_json
+from nanocolbert.storage.artifact import link, locked, read_json, write_json
+from nanocolbert.storage.checksums import Spans, check_sizes, sum_of, sums_of
 from nanocolbert.storage.ragged import Ids, IdWriter, NpyWriter, Ragged, check_offsets, load_npy, neighbours, ranges
 
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # memory maps; nothing writes to them

@@ -14,7 +14,6 @@ import os
 import platform
 import resource
 import shutil
-import stat
 import sys
 import time
 import zlib
@@ -24,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from nanocolbert.cli import InputError, first_line, held
+from nanocolbert.storage.checksums import BLOCK, Spans, check_sizes, check_sums, sums_of
 
-BLOCK = 1 << 22  # bytes read at a time
 SUM = "checksum"  # the key of our JSON files that holds the checksum of all others
 
 
@@ -288,103 +287,6 @@ def json_sum(value: dict) -> str:
     return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
-# ---------------------------------------------------------------------------------------------------------- checksums
-
-Spans = list[list]  # [bytes, CRC-32] of a file's parts, one after the other
-
-
-def span(data) -> list:
-    """[bytes, CRC-32] of bytes, or of an array."""
-    data = memoryview(np.ascontiguousarray(data)).cast("B") if isinstance(data, np.ndarray) else data
-    return [len(data), zlib.crc32(data)]
-
-
-def sums_of(folder, known: dict[str, Spans] | None = None, also=()) -> dict[str, Spans]:
-    """{path: spans} of every file of a folder but its meta.json; `known`: those that need not be read for it.
-
-    also: files and folders in it that are left out, as what is still being written is (.partial).
-    Files that only their owner may read become readable to whom the umask allows.
-    """
-    folder, known, sums = Path(folder), known or {}, {}
-    share(folder)
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        is_part = name != "meta.json" and path.suffix != ".partial" and name.split("/")[0] not in also
-        if path.is_file() and is_part:
-            sums[name] = known[name] if name in known else [sum_of(path)]
-    return sums
-
-
-def share(folder) -> None:
-    """Make files that only their owner may read, as libraries write them, readable to whom the umask allows."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in Path(folder).rglob("*"):
-        if path.is_file():
-            found = path.stat()
-            if not stat.S_IMODE(found.st_mode) & 0o077 & ~mask and found.st_uid == os.geteuid():
-                path.chmod(stat.S_IMODE(found.st_mode) | (0o666 & ~mask))
-
-
-def sum_of(path) -> list:
-    total, size = 0, 0
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            total, size = zlib.crc32(block, total), size + len(block)
-    return [size, total]
-
-
-def check_sizes(folder, sums: dict[str, Spans]) -> None:
-    """Raise InputError if one of these files is missing, or of another size."""
-    for name, spans in sums.items():
-        path, wanted = Path(folder) / name, sum(size for size, _ in spans)
-        try:
-            found = os.stat(path).st_size
-        except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"{path}: missing: restore it, or make {folder} again") from None
-        if found != wanted:
-            raise InputError(f"{path}: {found} bytes, should be {wanted}: restore it, or make {folder} again")
-
-
-def check_sums(folder, sums: dict[str, Spans]) -> int:
-    """Read files and raise InputError unless they are what was published; returns the bytes read."""
-    check_sizes(folder, sums)
-    read = 0
-    for name, spans in sums.items():
-        path = Path(folder) / name
-        with open(path, "rb") as file:
-            for size, wanted in spans:
-                total, left = 0, size
-                while left and (block := file.read(min(BLOCK, left))):
-                    total, left = zlib.crc32(block, total), left - len(block)
-                if total != wanted:
-                    raise InputError(
-                        f"{path}: damaged within bytes {file.tell() - size} to {file.tell()} (their checksum is "
-                        f"another): restore it, or make {folder} again"
-                    )
-                read += size
-    return read
-
-
-def verify(folder) -> int:
-    """Check all checksums of an artifact, and of an index' segments; returns the bytes read.
-
-    Raises InputError if a file is not what was published, or if there are no checksums.
-    """
-    folder = Path(folder)
-    meta = read_json(folder / "meta.json", "give the folder that a stage wrote")
-    if "files" not in meta:
-        raise InputError(f"{folder / 'meta.json'}: without checksums (made before there were any): make it again")
-    read = check_sums(folder, meta["files"])
-    if (folder / "state.json").is_file():
-        for entry in read_json(folder / "state.json")["segments"]:
-            segment = folder / "segments" / entry["name"]
-            if "files" not in entry:
-                raise InputError(f"{segment}: without checksums (made before there were any): compact the index")
-            read += check_sums(segment, entry["files"])
-    return read
-
-
 # --------------------------------------------------------------------------------------------------------------- meta
 
 
@@ -448,13 +350,32 @@ def read_meta(folder, kind: str, made_by: str, *or_kind: str, check: bool = Fals
     return meta
 
 
+def verify(folder) -> int:
+    """Check all checksums of an artifact, and of an index' segments; returns the bytes read.
+
+    Raises InputError if a file is not what was published, or if there are no checksums.
+    """
+    folder = Path(folder)
+    meta = read_json(folder / "meta.json", "give the folder that a stage wrote")
+    if "files" not in meta:
+        raise InputError(f"{folder / 'meta.json'}: without checksums (made before there were any): make it again")
+    read = check_sums(folder, meta["files"])
+    if (folder / "state.json").is_file():
+        for entry in read_json(folder / "state.json")["segments"]:
+            segment = folder / "segments" / entry["name"]
+            if "files" not in entry:
+                raise InputError(f"{segment}: without checksums (made before there were any): compact the index")
+            read += check_sums(segment, entry["files"])
+    return read
+
+
 def fingerprint(*parts) -> str:
     """32 hex digits over strings, numbers, bytes and the contents of files (given as Path)."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, Path):
             with open(part, "rb") as file:
-                while block := file.read(1 << 22):
+                while block := file.read(BLOCK):
                     digest.update(block)
         else:
             digest.update(part if isinstance(part, bytes) else str(part).encode())

@@ -26,7 +26,8 @@ from nanocolbert.index.gpu_index import GpuIndex
 from nanocolbert.index.kernels import LANES
 from nanocolbert.index.knobs import QUALITY, Effort, effort_for
 from nanocolbert.maxsim import maxsim_packed
-from nanocolbert.storage.artifact import check_sums, read_meta, verify, write_meta
+from nanocolbert.storage.artifact import read_meta, verify, write_meta
+from nanocolbert.storage.checksums import check_sums
 from retrieve import Searcher
 
 EVERYTHING = Effort(NLIST, 10**6, 10**6, 10**6)

@@ -20,18 +20,16 @@ from nanocolbert.cli import InputError, run_stage
 from nanocolbert.storage.artifact import (
     check_output_dir,
     check_output_file,
-    check_sums,
     fingerprint,
     publish,
     read_json,
     read_meta,
     replacing,
-    span,
-    sums_of,
     verify,
     write_json,
     write_meta,
 )
+from nanocolbert.storage.checksums import check_sums, span, sums_of
 
 
 def test_publish_appears_when_whole(tmp_path):

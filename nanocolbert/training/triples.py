@@ -1,0 +1,94 @@
+"""Training triples and the batches made of them: a batch is a function of its step."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanocolbert.cli import InputError
+from nanocolbert.encoder.attention import pack
+from nanocolbert.storage.ragged import Ragged, length_batches, load_npy
+from nanocolbert.text import FRAME
+
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 1 << 16}  # passages that go through the encoder together, if padded
+ROWS = 1 << 20  # triples that are checked at a time
+
+
+class Triples:
+    """The training batches: a function of the step, so that nothing has to be remembered to resume."""
+
+    def __init__(self, tokens_dir, batch_size: int, shuffle_seed: int | None):
+        self.folder = Path(tokens_dir)
+        self.passages, self.queries = Ragged(self.folder / "passages"), Ragged(self.folder / "queries")
+        self.triples = load_npy(self.folder / "triples.npy", "i4", (None, None))  # (n, 2 + k)
+        self.batch_size, self.shuffle_seed = batch_size, shuffle_seed
+        self.epoch, self.order = -1, None
+
+    def check(self) -> None:
+        """Raise InputError where a triple names a query or a passage that is not there."""
+        path, n_queries, n_passages = self.folder / "triples.npy", len(self.queries), len(self.passages)
+        if not len(self.triples) or self.triples.shape[1] < 3:
+            raise InputError(f"{path}: {self.triples.shape} holds no triples: run tsv2mmap.py again")
+        for start in range(0, len(self.triples), ROWS):
+            rows = self.triples[start : start + ROWS].view(np.uint32)  # below 0 is beyond all
+            passages = rows if n_passages >= n_queries else rows[:, 1:]  # faster where it is all of them
+            if rows[:, 0].max() >= n_queries or passages.max() >= n_passages:
+                row = int(((rows[:, 0] >= n_queries) | (rows[:, 1:] >= n_passages).any(1)).argmax())
+                raise InputError(
+                    f"{path}: triple {start + row} is {self.triples[start + row].tolist()}, of {n_queries} queries and "
+                    f"{n_passages} passages: run tsv2mmap.py again"
+                )
+
+    def rows(self, step: int) -> np.ndarray:
+        """Triples (batch_size, 2 + k) of a step, counted from 0; the data starts again when it is used up."""
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        if self.shuffle_seed is None:
+            return self.triples[positions % len(self.triples)]
+        epochs = positions // len(self.triples)
+        return np.concatenate(
+            [
+                self.triples[self._order(epoch)[positions[epochs == epoch] % len(self.triples)]]
+                for epoch in np.unique(epochs).tolist()
+            ]
+        )
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch != self.epoch:
+            rng = np.random.default_rng([self.shuffle_seed, epoch])
+            self.epoch, self.order = epoch, rng.permutation(np.arange(len(self.triples), dtype=np.int32))
+        return self.order
+
+
+def collate(data: Triples, rows: np.ndarray, model, tokens_per_batch: int, packed: bool) -> dict:
+    """A micro-batch of triples (B, 1 + K): framed queries and passages in batches of like length, or all packed.
+
+    Returns the arguments of model.forward ("inputs"), what the loss needs beside the embeddings it gives ("mask",
+    "passage_rows"), and how many tokens there are, padding aside.
+    """
+    passage_rows = rows[:, 1:].reshape(-1)  # (N,), N = B * K: each query's positive, then its negatives
+    lengths = data.passages.lengths(passage_rows)
+    groups = length_batches(lengths + FRAME, (1 << 62) if packed else tokens_per_batch)
+    queries, passages = data.queries.gather(rows[:, 0]), [data.passages.gather(passage_rows[group]) for group in groups]
+    for name, (values, _) in (("queries", queries), *(("passages", part) for part in passages)):
+        model.check_ids(data.folder / name / "values.npy", values)  # on a GPU an error that names nothing
+    input_ids, attention_mask = model.frame_queries(*queries)
+    batches = [model.frame_passages(*part) for part in passages]
+    tokens = input_ids.numel() + sum(int(mask.sum()) for _, mask in batches)
+    kept = [model.kept(*batch) for batch in batches]  # (B', L) each
+    counts = torch.cat([part.sum(1) for part in kept])  # (N,), in the order of the batches
+    if packed:
+        kept = [part[mask.bool()] for part, (_, mask) in zip(kept, batches, strict=True)]
+        everything = torch.ones_like(input_ids)  # the fill has outputs, too
+        batches = [pack((input_ids, attention_mask, everything), *((ids, mask, mask) for ids, mask in batches))]
+    else:
+        batches = [(input_ids, attention_mask), *batches]
+    mask = torch.arange(int(counts.max())) < counts[:, None]  # (N, Ld)
+    slots = torch.zeros(mask.shape, dtype=torch.int64)
+    slots[mask] = torch.cat([part.view(-1) for part in kept]).nonzero()[:, 0] + input_ids.numel()
+    back = torch.from_numpy(np.argsort(np.concatenate(groups)))
+    return {
+        "inputs": {"batches": batches, "scored": model.scored(attention_mask), "slots": slots[back]},
+        "mask": mask[back],
+        "passage_rows": torch.from_numpy(passage_rows.astype(np.int64)).view(len(rows), -1),  # (B, K)
+        "tokens": tokens,
+    }
