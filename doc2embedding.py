@@ -133,7 +133,7 @@ def claim(folder: Path, source: str, lay_out):
 def embed_part(model: ColBERT, passages: Ragged, start: int, stop: int, folder: Path, number: int, args, done) -> None:
     """Embed passages start ... stop - 1, write them to their place in values.npy, and mark the part as done.
 
-    done(n) is called whenever n passages have been embedded.
+    done(n) is called whenever n more embeddings are there.
     """
     tokens = passages.slice(start, stop)
     model.check_ids(args.tokens_dir / "passages/values.npy", tokens[0])
@@ -171,12 +171,17 @@ def sums_of_values(folder: Path, parts: list[dict]) -> dict:
 
 
 def embed_missing(state, model: ColBERT, passages: Ragged, n_passages: int, args) -> float:
-    """Embed this process's share of the parts that are missing; returns passages a second, of all processes."""
+    """Embed this process's share of the parts that are missing; returns passages a second, of all processes.
+
+    The bar counts embeddings: passages do not take the same time each.
+    """
     folder, starts = args.output_dir, range(0, n_passages, args.part_size)
     missing = [number for number in range(len(starts)) if not (folder / "parts" / f"{number}.json").exists()]
     state.wait_for_everyone()  # all have the same list, before the first part is done
-    bar = progress(total=n_passages, show=state.is_main_process, desc="embed", unit=" passages", unit_scale=True)
-    bar.update(max(0, n_passages - len(missing) * args.part_size))
+    edges = load_npy(folder / "offsets.npy")[[*starts, n_passages]].tolist()  # of the parts
+    there = edges[-1] - sum(edges[number + 1] - edges[number] for number in missing)
+    show = state.is_main_process
+    bar = progress(total=edges[-1], initial=there, show=show, desc="embed", unit=" embeddings", unit_scale=True)
     done = lambda n: bar.update(n * state.num_processes)  # noqa: E731
     clock, embedded = time.time(), 0
     # On a GPU two parts are under way: while one is filtered, copied and written, the GPU computes the other.
@@ -194,6 +199,45 @@ def embed_missing(state, model: ColBERT, passages: Ragged, n_passages: int, args
             raise
     bar.close()
     return embedded * state.num_processes / (time.time() - clock)
+
+
+def check_fit(model: ColBERT, passages: Ragged, n_passages: int, tokens_meta: dict, args) -> None:
+    """Raise InputError where the tokens are not this model's, or not whole, or where --bits cannot code its vectors."""
+    model.check_tokens(args.model, args.tokens_dir, tokens_meta)
+    if args.bits and not model.config.normalize:
+        raise InputError(f"{args.model}: its embeddings are not of unit length, which --bits cannot code: leave it out")
+    if len(passages) < n_passages:
+        raise InputError(f"{args.tokens_dir}: {len(passages)} passages, {n_passages} ids: run tsv2mmap.py again")
+
+
+def facts_of(model: ColBERT, model_print: str, tokens_meta: dict, processes: int, rate: float, args) -> dict:
+    """What meta.json says of finished embeddings, beside what it says of all folders."""
+    folder, n_passages = args.output_dir, tokens_meta["counts"]["pids"]
+    parts = read_parts(folder, n_passages, args.part_size)
+    collection = tokens_meta.get("collection_path")
+    return {
+        "model": str(args.model),
+        "model_fingerprint": model_print,
+        "tokenizer_fingerprint": tokenizer_fingerprint(model.tokenizer),
+        "normalized": model.config.normalize,
+        "model_path": seen_from(folder, args.model),
+        "collection_path": collection and seen_from(folder, args.tokens_dir.resolve() / collection),
+        "tokens_fingerprint": tokens_meta["fingerprint"],
+        "processes": processes,
+        "passages": n_passages,
+        "embeddings": sum(part["embeddings"] for part in parts),
+        "dim": model.config.dim,
+        **({"bits": args.bits, "nlist": len(load_npy(folder / "codec" / "centroids.npy"))} if args.bits else {}),
+        "dtype": "uint8" if args.bits else "float16",
+        "compute_dtype": str(fast_dtype(model.device)).removeprefix("torch."),
+        "padding": round(sum(part["padding"] * part["passages"] for part in parts) / n_passages, 4),
+        "passages_per_second": round(rate, 1),
+    }
+
+
+def read_parts(folder: Path, n_passages: int, part_size: int) -> list[dict]:
+    """What is noted of each part, in order."""
+    return [read_json(folder / "parts" / f"{number}.json") for number in range(-(-n_passages // part_size))]
 
 
 def main(args):
@@ -215,14 +259,10 @@ def main(args):
         verify(args.model)
     model_print = model_fingerprint(args.model)
     model = ColBERT.from_pretrained(args.model, device=state.device)
-    model.check_tokens(args.model, args.tokens_dir, tokens_meta)
-    if args.bits and not model.config.normalize:
-        raise InputError(f"{args.model}: its embeddings are not of unit length, which --bits cannot code: leave it out")
+    passages, pids = Ragged(args.tokens_dir / "passages", "u2 u4"), Ids(args.tokens_dir / "pids.npy", n_passages)
+    check_fit(model, passages, n_passages, tokens_meta, args)
     settings = (args.bits, args.nlist, args.seed) if args.bits else ()
     source = fingerprint(model_print, tokens_meta["fingerprint"], args.part_size, *settings)
-    passages, pids = Ragged(args.tokens_dir / "passages", "u2 u4"), Ids(args.tokens_dir / "pids.npy", n_passages)
-    if len(passages) < n_passages:
-        raise InputError(f"{args.tokens_dir}: {len(passages)} passages, {n_passages} ids: run tsv2mmap.py again")
     lay_out = functools.partial(layout, model, passages, n_passages, args)
     with claim(folder, source, lay_out) if state.is_main_process else contextlib.nullcontext():
         state.wait_for_everyone()
@@ -235,28 +275,8 @@ def main(args):
             return None
         with replacing(folder / "pids.npy") as file:
             np.save(file, pids.ids)
-        collection = tokens_meta.get("collection_path")
-        n_parts = len(range(0, n_passages, args.part_size))
-        parts = [read_json(folder / "parts" / f"{number}.json") for number in range(n_parts)]
-        facts = {
-            "model": str(args.model),
-            "model_fingerprint": model_print,
-            "tokenizer_fingerprint": tokenizer_fingerprint(model.tokenizer),
-            "normalized": model.config.normalize,
-            "model_path": seen_from(folder, args.model),
-            "collection_path": collection and seen_from(folder, args.tokens_dir.resolve() / collection),
-            "tokens_fingerprint": tokens_meta["fingerprint"],
-            "processes": state.num_processes,
-            "passages": n_passages,
-            "embeddings": total,
-            "dim": model.config.dim,
-            **({"bits": args.bits, "nlist": len(load_npy(folder / "codec" / "centroids.npy"))} if args.bits else {}),
-            "dtype": "uint8" if args.bits else "float16",
-            "compute_dtype": str(fast_dtype(state.device)).removeprefix("torch."),
-            "padding": round(sum(part["padding"] * part["passages"] for part in parts) / n_passages, 4),
-            "passages_per_second": round(rate, 1),
-        }
-        known = {} if args.bits else sums_of_values(folder, parts)
+        facts = facts_of(model, model_print, tokens_meta, state.num_processes, rate, args)
+        known = {} if args.bits else sums_of_values(folder, read_parts(folder, n_passages, args.part_size))
         meta = write_meta(folder, "embeddings", source, started, args, known=known, **facts)
     return {"output_dir": str(folder), "seconds": meta["seconds"], **facts}
 

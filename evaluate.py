@@ -8,6 +8,8 @@ Reads qrels and runs (TREC or MS MARCO format, see runs.py); writes the measures
 A mean is over all queries of the qrels: one without a ranking counts 0, as in MS MARCO's script and in `trec_eval -c`,
 and so does one without a relevant passage. Queries that the qrels do not know are left out. Notes on stderr count all
 three.
+A person, on a terminal, is given a table; a program, whose pipe or file stdout is, the same as one line of JSON
+(--json and --no-json choose).
 TREC Deep Learning judges on a scale of 0 to 3 and takes 2 and 3 as relevant: --rel 2. nDCG uses the grades either way.
 
 Cost: a run of 6,980 queries × 1,000 passages takes 20 s of one core and 2 GB.
@@ -137,6 +139,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--output", default=None, help="write the measures to this JSON file (default: only print them)"
     )
+    parser.add_argument(
+        "--json",
+        action=argparse.BooleanOptionalAction,
+        help="print one line of JSON, or a table (default: JSON unless on a terminal)",
+    )
     # what is measured
     parser.add_argument("--measures", nargs="+", default=list(MEASURES), metavar="M", help="names of ir_measures")
     parser.add_argument("--rel", type=positive, default=1, help="lowest relevance that counts as relevant (default: 1)")
@@ -148,7 +155,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main(args) -> dict:
+def main(args) -> dict | None:
     if args.output is not None:
         check_output_file(args.output, args.qrels, args.run, args.compare)
     measures = parse_measures(args.measures, args.rel)
@@ -160,11 +167,13 @@ def main(args) -> dict:
         other_counts, other_values = measure_file(args.compare, qrels, measures, args.rel)
         comparison = {"run": args.compare, **other_counts, **compare(values, other_values, args.show)}
         result["compare"] = comparison
-    print_table(f"{args.run}: {counts['judged_queries']} judged queries", means(values), comparison)
     if args.output is not None:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         write_json(args.output, result)
-    return result
+    if args.json or (args.json is None and not sys.stdout.isatty()):
+        return result
+    print_table(f"{args.run}: {counts['judged_queries']} judged queries", means(values), comparison)
+    return None
 
 
 if __name__ == "__main__":

@@ -525,7 +525,7 @@ class ColBERT(PreTrainedModel):
 
         values (T,), lengths (N,). Returns embeddings (T', D) fp16 of the kept tokens in the order given, their
         number for each passage (N,) int64, and the share of positions that were padding. fp32: compute and return that.
-        done(n) is called whenever n passages have been embedded. There is no dropout, whatever mode the model is in.
+        done(n) is called whenever n more embeddings are there. There is no dropout, whatever mode the model is in.
         Raises EmbeddingError where an embedding is not finite, or not of unit length though it should be.
         """
         with self.without_dropout():
@@ -565,7 +565,7 @@ class ColBERT(PreTrainedModel):
             positions += n
             sound.append(is_sound)
             if done:
-                done(len(counts[rows]))
+                done(int(counts[rows].sum()))
         if on_gpu:
             torch.cuda.current_stream().synchronize()
         if sound and not torch.stack(sound).all():

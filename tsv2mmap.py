@@ -26,6 +26,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
@@ -152,10 +153,23 @@ def hash_texts(texts: list[str]) -> np.ndarray:
     return np.frombuffer(digests, np.uint64)
 
 
+def below_a_bar(path, read: Callable, limit: int | None = None) -> Iterator:
+    """The rows that read(tell) yields, at most `limit`, below a bar that shows how much of the file has been read.
+
+    Bytes take the same time each, which texts do not. Where they cannot be counted, or rows are limited, it shows rows.
+    """
+    name = Path(path).name
+    if limit or not os.path.isfile(path):
+        rows = itertools.islice(read(None), limit)
+        yield from progress(rows, total=limit, desc=name, unit=" rows", unit_scale=True)
+        return
+    with progress(total=os.path.getsize(path), desc=name, unit="B", unit_scale=True) as bar:
+        yield from read(lambda n: bar.update(n - bar.n))
+
+
 def convert_texts(path, what: str, writer: TokenWriter, ids: IdWriter, text_rows: TextRows | None) -> None:
     """Write a file of (id, text) as word pieces and ids. Raises InputError, also on a repeated id."""
-    rows = progress(read_id_text(path, what), desc=Path(path).name, unit=" texts", unit_scale=True)
-    for chunk in batched(rows, CHUNK):
+    for chunk in batched(below_a_bar(path, lambda tell: read_id_text(path, what, tell)), CHUNK):
         texts = [text for _, _, text in chunk]
         if text_rows is not None:
             hashes = hash_texts(texts)
@@ -209,8 +223,8 @@ def convert_id_triples(path, folder: Path, limit: int | None) -> int:
         n_columns = max(3, file.readline().count(b"\t") + 1)
     writer = NpyWriter(folder / "triples.npy", np.int32, (n_columns,))
     columns = ", ".join(["qid", "positive pid", *["negative pid"] * (n_columns - 2)])
-    lines = itertools.islice(read_rows(path, columns, "triples"), limit)
-    for chunk in batched(progress(lines, desc=Path(path).name, unit=" triples", unit_scale=True), 10 * CHUNK):
+    lines = below_a_bar(path, lambda tell: read_rows(path, columns, "triples", tell), limit)
+    for chunk in batched(lines, 10 * CHUNK):
         fields = list(zip(*(fields for _, fields in chunk), strict=True))
         rows = np.stack([qids.rows(fields[0]), *map(pids.rows, fields[1:])], axis=1)
         if (rows < 0).any():
@@ -227,10 +241,9 @@ def convert_id_triples(path, folder: Path, limit: int | None) -> int:
 
 def convert_text_triples(path, folder: Path, limit: int | None, tables, writers) -> int:
     """Write triples of texts as rows, and the texts not stored before; returns how many triples."""
-    columns = ("query", "positive passage", "negative passage")
+    columns = "query, positive passage, negative passage"
     writer = NpyWriter(folder / "triples.npy", np.int32, (3,))
-    lines = itertools.islice(read_rows(path, ", ".join(columns), "triples"), limit)
-    for chunk in batched(progress(lines, desc=Path(path).name, unit=" triples", unit_scale=True), CHUNK):
+    for chunk in batched(below_a_bar(path, lambda tell: read_rows(path, columns, "triples", tell), limit), CHUNK):
         if chunk[0][0] == 1 and all(field.lower() in TRIPLE_HEADERS for field in chunk[0][1]):
             raise InputError(f"{path}:1: a header line (it begins with {chunk[0][1][0]!r}): remove it")
         queries, positives, negatives = zip(*(fields for _, fields in chunk), strict=True)
@@ -256,8 +269,8 @@ def rows_of(texts, table: TextRows, writer: TokenWriter) -> np.ndarray:
     return rows
 
 
-def main(args):
-    started = time.time()
+def check_inputs(args) -> None:
+    """Raise InputError where files are missing, or the output is not to be written."""
     inputs = [path for path in (args.collection, args.queries, args.triples) if path]
     for path in inputs:
         check_file(path, "input of tsv2mmap.py")
@@ -265,6 +278,49 @@ def main(args):
         raise InputError("nothing to do: give --collection, or --triples, or both")
     tokenizer_folder = [args.tokenizer] if Path(args.tokenizer).is_dir() else []
     check_output_dir(args.output_dir, "tokens", *inputs, *tokenizer_folder)
+
+
+def format_of_triples(args) -> str | None:
+    """'id' or 'text', as given or guessed; None without triples. Raises InputError where ids have nothing to name."""
+    if not args.triples:
+        return None
+    found = args.triples_format
+    if found == "auto":
+        found = guess_format(args.triples, args.queries, args.collection, args.max_triples)
+    if found == "id" and not (args.collection and args.queries):
+        raise InputError(f"{args.triples}: triples of ids need --collection and --queries, or --triples_format text")
+    return found
+
+
+def convert(args, folder: Path, triples_format: str | None, writers: dict[str, TokenWriter]) -> dict[str, int]:
+    """Write all that was given, through the writers, which are closed; returns how many there are of each."""
+    counts = {}
+    tables = {kind: TextRows() if triples_format == "text" else None for kind in writers}
+    for kind, name, path, what in (
+        ("query", "qids", args.queries, "queries: qid, query"),
+        ("passage", "pids", args.collection, "collection: pid, passage"),
+    ):
+        ids = IdWriter(folder / f"{name}.npy")
+        if path:
+            convert_texts(path, what, writers[kind], ids, tables[kind])
+        else:
+            ids.close()
+        counts[name] = writers[kind].n_texts
+    if triples_format == "id":
+        counts["triples"] = convert_id_triples(args.triples, folder, args.max_triples)
+    elif triples_format == "text":
+        counts["triples"] = convert_text_triples(args.triples, folder, args.max_triples, tables, writers)
+    if not counts.get("triples", 1):
+        raise InputError(f"{args.triples}: empty, expected triples")
+    for kind, name in (("passage", "passages"), ("query", "queries")):
+        writers[kind].close()
+        counts[name] = len(writers[kind].writer)
+    return counts
+
+
+def main(args):
+    started = time.time()
+    check_inputs(args)
     from model import load_tokenizer, tokenizer_fingerprint
     from nanocolbert.checkpoints.layouts import (
         texts_of,  # here: the workers, which import this file, need neither torch nor transformers
@@ -274,13 +330,7 @@ def main(args):
     texts = texts_of(args.tokenizer)  # a ColBERT checkpoint may put prompts before them
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
     maxlen = {"query": args.query_maxlen, "passage": args.doc_maxlen}
-    triples_format = args.triples_format
-    if args.triples and triples_format == "auto":
-        triples_format = guess_format(args.triples, args.queries, args.collection, args.max_triples)
-    if args.triples and triples_format == "id" and not (args.collection and args.queries):
-        raise InputError(f"{args.triples}: triples of ids need --collection and --queries, or --triples_format text")
-
-    counts = {}
+    triples_format = format_of_triples(args)
     with (
         publish(args.output_dir) as folder,
         start_workers(args.workers, tokenizer.backend_tokenizer.to_str(), maxlen, texts, dtype) as pool,
@@ -289,27 +339,8 @@ def main(args):
             kind: TokenWriter(folder / name, pool, 2 * args.workers + 2, dtype, kind)
             for kind, name in (("passage", "passages"), ("query", "queries"))
         }
-        match_texts = args.triples is not None and triples_format == "text"
-        tables = {kind: TextRows() if match_texts else None for kind in writers}
-        for kind, name, path, what in (
-            ("query", "qids", args.queries, "queries: qid, query"),
-            ("passage", "pids", args.collection, "collection: pid, passage"),
-        ):
-            ids = IdWriter(folder / f"{name}.npy")
-            if path:
-                convert_texts(path, what, writers[kind], ids, tables[kind])
-            else:
-                ids.close()
-            counts[name] = writers[kind].n_texts
-        if args.triples and triples_format == "id":
-            counts["triples"] = convert_id_triples(args.triples, folder, args.max_triples)
-        elif args.triples:
-            counts["triples"] = convert_text_triples(args.triples, folder, args.max_triples, tables, writers)
-        if not counts.get("triples", 1):
-            raise InputError(f"{args.triples}: empty, expected triples")
-        for kind, writer in writers.items():
-            writer.close()
-            counts["passages" if kind == "passage" else "queries"] = len(writer.writer)
+        counts = convert(args, folder, triples_format, writers)
+        arrays = sorted(path for path in folder.rglob("*.npy") if path.stat().st_size)
         facts = {
             "tokenizer": args.tokenizer,
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
@@ -320,9 +351,8 @@ def main(args):
             "counts": counts,
             "passage_tokens": int(writers["passage"].writer.values.n_rows),
             "collection_path": seen_from(args.output_dir, args.collection) if args.collection else None,
+            "bytes": sum(path.stat().st_size for path in arrays),
         }
-        arrays = sorted(path for path in folder.rglob("*.npy") if path.stat().st_size)
-        facts["bytes"] = sum(path.stat().st_size for path in arrays)
         meta = write_meta(
             folder, "tokens", fingerprint(facts["tokenizer_fingerprint"], *arrays), started, args, **facts
         )

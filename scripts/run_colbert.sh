@@ -3,6 +3,7 @@
 # paths seen from the repository; without one: MS MARCO where scripts/download.sh has put it, else the built-in demo.
 # What is done is skipped, what was interrupted goes on, what another command or other inputs made is made again.
 set -euo pipefail
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then sed -n '2,4s/^# //p' "$0"; exit; fi
 if [ -e "${1:-}" ]; then set -- "$(realpath -- "$1")"; fi  # setup.sh leaves the folder it is given from
 source "$(dirname -- "$0")/setup.sh"
 default=configs/demo.sh

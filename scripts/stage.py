@@ -231,6 +231,9 @@ def lock_folder(out: Path) -> int:
 
 
 def main() -> int:
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print("usage: stage.py OUT FILE COMMAND...", __doc__, sep="\n\n", end="")
+        return 0
     if len(sys.argv) < 4:
         fail("give OUT FILE COMMAND...")
     out, file, command = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]

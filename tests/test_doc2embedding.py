@@ -1,5 +1,6 @@
 """doc2embedding: the model's own vectors, in the collection's order, whoever computed them and however often."""
 
+import io
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import call_stage, launch_cli, succeed
+from tqdm import tqdm
 
 from model import ColBERT, EmbeddingError
 from nanocolbert.storage.artifact import lock, read_meta, verify
@@ -93,6 +95,23 @@ def test_a_killed_run_is_completed(embedding_dir, embedding_arguments, tmp_path,
         assert (folder / f"parts/{number}.json").stat().st_mtime_ns == written  # not computed again
     assert read_meta(folder, "embeddings", "doc2embedding.py", check=True)["embeddings"] == len(values)
     assert not list(folder.rglob("*.partial"))
+
+
+def test_the_bar_counts_embeddings(embedding_dir, embedding_arguments, tmp_path, monkeypatch):
+    """Those that are there at first, and all in the end."""
+    shutil.copytree(embedding_dir, tmp_path / "e")
+    for name in ("meta.json", "parts/1.json"):
+        (tmp_path / "e" / name).unlink()
+    bars = []
+
+    def progress(show, **settings):
+        bars.append(tqdm(file=io.StringIO(), **settings))
+        return bars[-1]
+
+    monkeypatch.setattr("doc2embedding.progress", progress)
+    succeed(call_stage("doc2embedding.py", *embedding_arguments, "--output_dir", tmp_path / "e"))
+    (bar,), offsets = bars, np.load(embedding_dir / "offsets.npy")
+    assert bar.initial == offsets[-1] - (offsets[18] - offsets[9]) and bar.n == bar.total == offsets[-1]
 
 
 def test_a_kill_while_the_folder_is_laid_out(embedding_dir, embedding_arguments, tmp_path):

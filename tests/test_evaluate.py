@@ -1,4 +1,6 @@
 import json
+import os
+import pty
 import subprocess
 import sys
 from itertools import product
@@ -43,9 +45,20 @@ def test_by_hand(files):
     assert result["nDCG@10"] == pytest.approx(((discounts @ [0, 1, 3]) / (discounts @ [3, 1, 0]) + 1) / 4)
     counts = ("judged_queries", "judged_queries_without_ranking", "judged_queries_without_relevant", "unjudged_queries")
     assert [result[key] for key in counts] == [4, 1, 1, 1]
-    assert "MRR@10           0.3750" in done.stdout
+    assert len(done.stdout.splitlines()) == 1  # a pipe: for programs
     for note in ("1 judged queries have no ranking", "1 judged queries have nothing", "1 queries are not judged"):
         assert note in done.stderr
+
+
+def test_a_terminal_is_given_a_table(files):
+    command = [sys.executable, ROOT / "evaluate.py", "--qrels", files / "qrels", "--run", files / "run"]
+    read, write = pty.openpty()
+    subprocess.run(command, stdout=write, stderr=subprocess.DEVNULL, check=True)
+    os.close(write)
+    shown = os.read(read, 1 << 16).decode()
+    os.close(read)
+    assert "MRR@10           0.3750" in shown and "{" not in shown
+    assert evaluate(*command[2:], "--no-json").stdout == shown.replace("\r", "")
 
 
 def test_rel_and_measures(files):
@@ -69,6 +82,10 @@ def test_compare(files):
     done = evaluate("--qrels", files / "qrels", "--run", files / "run", "--compare", files / "run")
     compared = json.loads(done.stdout.splitlines()[-1])["compare"]
     assert compared["changed"] == [] and all(row["p"] == 1 for row in compared["measures"].values())
+    table = evaluate(
+        "--qrels", files / "qrels", "--run", files / "run", "--compare", files / "other", "--no-json"
+    ).stdout
+    assert "queries whose MRR@10 changed most (qid, other, run)\n  2 " in table and "{" not in table
 
 
 def test_randomisation_test_against_all_flips():

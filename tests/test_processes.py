@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -133,6 +134,18 @@ def test_a_launch_of_one_is_no_launch_of_two(monkeypatch, train_arguments, tmp_p
     assert done.returncode == 2 and "launched as one process, where several were asked for" in done.stderr
     assert "accelerate launch --multi_gpu --num_processes N train.py ... --cpu" in done.stderr
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("file", ["train.py", "doc2embedding.py", "configs/msmarco.sh"])
+def test_launches_that_draw_no_advice(file, monkeypatch):
+    """The commands of docstrings and of the driver say all that accelerate would else tell to say."""
+    text = (ROOT / file).read_text().replace("\\\\\n", " ").replace('"$GPUS"', "4")
+    (words,) = re.findall(r"accelerate(?: |\.commands\.)launch([^)]*?)(?:\w+\.py|\))", text)
+    said = []
+    monkeypatch.setattr(launch.logger, "warning", said.append)
+    command = [*words.split(), "train.py"]
+    args = launch._validate_launch_command(launch.launch_command_parser().parse_args(command))[0]
+    assert args.multi_gpu and args.num_processes > 1 and not said
 
 
 @pytest.mark.parametrize("environment", [{}, {"ACCELERATE_USE_CPU": "True"}, {"MASTER_ADDR": "a"}, "several"])

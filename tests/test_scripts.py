@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 
-import pytest
 from conftest import ROOT, TRAIN_STEPS, run_stage_cli, succeed
 
 CONFIG = """
@@ -89,14 +88,7 @@ def test_driver_names_a_missing_configuration():
     assert done.returncode != 0 and "configs/none.sh" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "script", sorted(path.name for path in ROOT.glob("*.py") if "def parse_args()" in path.read_text())
-)
-def test_help_waits_for_no_import(script):
-    code = (
-        "import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
-        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "finally: print('slow:', *{'torch', 'transformers', 'numba', 'faiss'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code, script], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "usage:" in done.stdout and done.stdout.splitlines()[-1] == "slow:"
+def test_driver_says_what_it_is():
+    done = run_driver("--help")
+    assert done.returncode == 0 and done.stdout.startswith("From raw text to metrics: bash scripts/run_colbert.sh")
+    assert len(done.stdout.splitlines()) == 3

@@ -1,6 +1,7 @@
 """tsv2mmap: every text once, every triple as the rows it names, and nothing half-written."""
 
 import gzip
+import io
 import json
 import shutil
 import subprocess
@@ -11,10 +12,12 @@ import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, call_stage, run_stage_cli, succeed, toy_inputs
+from tqdm import tqdm
 
 from model import load_tokenizer
 from nanocolbert.storage.ragged import Ids, Ragged
-from tsv2mmap import TextRows
+from nanocolbert.storage.tsv import read_id_text
+from tsv2mmap import TextRows, below_a_bar
 
 DOC_MAXLEN, QUERY_MAXLEN, FRAME = 180, 32, 3
 FILES = [
@@ -283,3 +286,20 @@ def test_other_mistakes(encoder_dir, toy_dir, tmp_path):
         ),
     ):
         check_mistake(call_stage("tsv2mmap.py", *flags, "--output_dir", tmp_path / "out"), tmp_path, {}, message)
+
+
+def test_bars(tmp_path, monkeypatch):
+    """Of bytes where a file is read to its end, of rows where they are limited."""
+    (tmp_path / "c.tsv").write_text("".join(f"{i}\ttext\n" for i in range(2500)))
+    bars = []
+
+    def progress(iterable=None, **settings):
+        bars.append(tqdm(iterable, disable=False, file=io.StringIO(), **settings))
+        return bars[-1]
+
+    monkeypatch.setattr("tsv2mmap.progress", progress)
+    read = lambda tell: read_id_text(tmp_path / "c.tsv", "collection: pid, passage", tell)  # noqa: E731
+    assert len(list(below_a_bar(tmp_path / "c.tsv", read))) == 2500
+    assert len(list(below_a_bar(tmp_path / "c.tsv", read, 7))) == 7
+    size = (tmp_path / "c.tsv").stat().st_size
+    assert [(bar.n, bar.total, bar.unit) for bar in bars] == [(size, size, "B"), (7, 7, " rows")]

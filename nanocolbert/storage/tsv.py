@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from nanocolbert.cli import InputError
 from nanocolbert.storage.artifact import check_file
 
 BLOCK = 1 << 22  # bytes looked through at a time
+TOLD = 1000  # lines between two words of how far a reader has come
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 HEADERS = {  # what the first field of a header line is called
     *("id", "_id", "pid", "qid", "did", "docid", "doc_id", "docno", "passageid", "passage_id", "queryid", "query_id"),
@@ -58,21 +59,28 @@ def decode(path, number: int, line: bytes) -> str:
         ) from None
 
 
-def read_lines(path, what: str) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text without its end) of each line. Raises InputError where it is not UTF-8."""
+def read_lines(path, what: str, tell: Callable[[int], None] | None = None) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, text without its end) of each line. Raises InputError where it is not UTF-8.
+
+    tell(n) is called now and then with how many bytes of the file have been read, as they lie on disk.
+    """
     with open_bytes(path, what) as file:
         for number, line in enumerate(file, 1):
             yield number, decode(path, number, line)
+            if tell and not number % TOLD:
+                tell(os.lseek(file.fileno(), 0, os.SEEK_CUR))
+        if tell:
+            tell(os.lseek(file.fileno(), 0, os.SEEK_CUR))
 
 
-def read_rows(path, columns: str, what: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number from 1, fields) of each line.
+def read_rows(path, columns: str, what: str, tell=None) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number from 1, fields) of each line. tell: see `read_lines`.
 
     `columns` describes the line and counts it, e.g. "pid, passage". Another number of columns, a blank line and bytes
     that are not UTF-8 raise InputError.
     """
     n_columns = columns.count(",") + 1
-    for number, line in read_lines(path, what):
+    for number, line in read_lines(path, what, tell):
         fields = line.split("\t")
         if len(fields) != n_columns:
             raise InputError(
@@ -87,9 +95,12 @@ def check_header(path, number: int, field: str) -> None:
         raise InputError(f"{path}:1: a header line (it begins with {field!r}): remove it")
 
 
-def read_id_text(path, what: str) -> Iterator[tuple[int, str, str]]:
-    """Yield (line number, id, text) of a collection or of queries. Raises InputError on an id that cannot be used."""
-    for number, (identifier, text) in read_rows(path, "id, text", what):
+def read_id_text(path, what: str, tell=None) -> Iterator[tuple[int, str, str]]:
+    """Yield (line number, id, text) of a collection or of queries. Raises InputError on an id that cannot be used.
+
+    tell: see `read_lines`.
+    """
+    for number, (identifier, text) in read_rows(path, "id, text", what, tell):
         check_header(path, number, identifier)
         check_id(path, number, identifier)
         yield number, identifier, text

@@ -36,7 +36,7 @@ def plot_loss(log: Path, picture: Path) -> None:
         elif key == "lr":
             axis.plot(steps, values, color=MUTED, linewidth=1)
             axis.set(ylabel="learning\nrate", ylim=(0, None))
-            label(axis, steps[-1], values[-1], f"{values[-1]:.2g}", MUTED)
+            label(axis, steps[-1], values[-1], f"{values[-1]:.2g}", MUTED, "bottom")
         else:
             axis.plot(steps, values, ".-", color=DEV)
             axis.set_ylabel("MRR@10\n↑ better")
@@ -64,5 +64,5 @@ def draw_loss(axis, steps: np.ndarray, losses: np.ndarray) -> None:
 
 
 def label(axis, x: float, y: float, text: str, color: str, place: str = "center") -> None:
-    """Write beside the end of a line; place: where the line's end is of the text's, "top" writes below it."""
+    """Write beside the end (x, y) of a line; place: which edge of the text is level with it ("top": it hangs below)."""
     axis.annotate(text, (x, y), (6, 0), textcoords="offset points", va=place, color=color, fontsize=9)

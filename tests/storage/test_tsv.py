@@ -122,3 +122,15 @@ def test_a_collection_is_not_held_in_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < path.stat().st_size / 3
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz"])
+def test_how_far_a_reader_has_come(tmp_path, name, monkeypatch):
+    """In bytes on disk: of a .gz too, whose size unpacked nobody knows."""
+    monkeypatch.setattr(tsv, "TOLD", 10)
+    generator = random.Random(0)
+    path = write(tmp_path / name, b"".join(b"%d\t%x\n" % (i, generator.getrandbits(9999)) for i in range(1000)))
+    told, size = [], path.stat().st_size
+    assert len(list(read_id_text(path, "collection: pid, passage", told.append))) == 1000
+    assert len(told) == 101 and told == sorted(told) and told[-1] == size
+    assert all(abs(n - size * (i + 1) / 100) < 0.2 * size for i, n in enumerate(told[:-1]))
