@@ -128,10 +128,11 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import load, set_seed
 from transformers import AutoConfig
 
-from model import FRAME, ColBERT, length_batches, to_device
+from model import ColBERT
 from nanocolbert.checkpoints.layouts import is_colbert
 from nanocolbert.compute import COMPUTE_DTYPES, mixed_precision, own_dropout
 from nanocolbert.encoder.attention import pack, packable
+from nanocolbert.encoder.batches import to_device
 from nanocolbert.encoder.pretrained import check_weights, set_dropout
 from nanocolbert.maxsim import maxsim, maxsim_packed, maxsim_pairs
 from nanocolbert.progress import progress
@@ -152,8 +153,9 @@ from nanocolbert.storage.artifact import (
     verify,
     write_json,
 )
-from nanocolbert.storage.ragged import Ids, Ragged, load_npy, ranges
+from nanocolbert.storage.ragged import Ids, Ragged, length_batches, load_npy, ranges
 from nanocolbert.storage.tsv import read_queries
+from nanocolbert.text import FRAME
 
 TRAIN_TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 1 << 16}  # passages that go through the encoder together, if padded
 NEW = {"dim": 128, "mask_punctuation": True, "projection": "orthogonal", "attention_dropout": 0.0}  # of a new ColBERT

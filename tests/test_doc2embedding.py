@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import call_stage, launch_cli, succeed
 
-from model import ColBERT, EmbeddingError
+from model import ColBERT
+from nanocolbert.encoder.soundness import EmbeddingError
 from nanocolbert.storage.artifact import lock, read_meta, verify
 from nanocolbert.storage.ragged import Ids, Ragged
 

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from transformers import BertTokenizerFast
 
 import train as train_stage
-from model import ColBERT, model_fingerprint
+from model import ColBERT
 from nanocolbert import cli
+from nanocolbert.checkpoints.layouts import model_fingerprint
 from nanocolbert.cli import InputError
 from nanocolbert.compute import mixed_precision
 from nanocolbert.storage.artifact import SUM, check_output_dir, check_sums, lock, read_json, read_meta, verify

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from conftest import ROOT, call_stage, run_stage_cli, succeed, toy_inputs
 
-from model import load_tokenizer
+from nanocolbert.encoder.pretrained import load_tokenizer
 from nanocolbert.storage.ragged import Ids, Ragged
 from tsv2mmap import TextRows
 

@@ -173,6 +173,17 @@ def neighbours(lengths: np.ndarray, size: int) -> list[slice]:
     return [slice(*pair) for pair in itertools.pairwise(edges)]
 
 
+def length_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
+    """Rows grouped into batches of similar length, the longest first, each at most `tokens_per_batch` positions."""
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        size = max(1, tokens_per_batch // int(lengths[order[start]]))
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
 class IdWriter:
     """Append ids to a .npy file: int64 if every one is a plain decimal number, else fixed-width UTF-8 bytes."""
 
