@@ -50,8 +50,10 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from model import ColBERT, EmbeddingError, model_fingerprint, tokenizer_fingerprint
+from model import ColBERT
+from nanocolbert.checkpoints.layouts import model_fingerprint
 from nanocolbert.compute import fast_dtype
+from nanocolbert.encoder.soundness import EmbeddingError
 from nanocolbert.progress import progress
 from nanocolbert.storage.artifact import (
     check_apart,
@@ -70,6 +72,7 @@ from nanocolbert.storage.artifact import (
 )
 from nanocolbert.storage.checksums import span
 from nanocolbert.storage.ragged import Ids, NpyWriter, Ragged, allocate_npy, load_npy
+from nanocolbert.text import tokenizer_fingerprint
 
 
 def layout(model: ColBERT, passages: Ragged, n_passages: int, args, folder: Path) -> None:

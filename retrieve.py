@@ -85,7 +85,8 @@ import transformers
 from accelerate import PartialState
 from torch import Tensor
 
-from model import ColBERT, check_texts, model_fingerprint
+from model import ColBERT
+from nanocolbert.checkpoints.layouts import model_fingerprint
 from nanocolbert.compute import default_device
 from nanocolbert.index.compressed import CompressedIndex, Ranking, highest, read_vectors, top
 from nanocolbert.maxsim import maxsim_packed
@@ -103,6 +104,7 @@ from nanocolbert.storage.artifact import (
 )
 from nanocolbert.storage.ragged import Ids, Ragged, neighbours
 from nanocolbert.storage.tsv import Collection, read_queries
+from nanocolbert.text import check_texts
 
 RERANK_TOKENS = {"cpu": 4096, "cuda": 1 << 20}  # embeddings of candidates scored at a time
 EXACT_TOKENS = 4096  # embeddings scored at a time by exact search

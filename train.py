@@ -136,10 +136,11 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from transformers import AutoConfig
 
-from model import ColBERT, to_device
+from model import ColBERT
 from nanocolbert.checkpoints.layouts import is_colbert
 from nanocolbert.compute import COMPUTE_DTYPES, mixed_precision, own_dropout
 from nanocolbert.encoder.attention import packable
+from nanocolbert.encoder.batches import to_device
 from nanocolbert.encoder.pretrained import set_dropout
 from nanocolbert.storage.artifact import check_file, make_meta, read_meta, verify
 from nanocolbert.storage.ragged import Ragged

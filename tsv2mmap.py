@@ -43,7 +43,7 @@ from nanocolbert.progress import progress
 from nanocolbert.storage.artifact import check_file, check_output_dir, fingerprint, publish, seen_from, write_meta
 from nanocolbert.storage.ragged import Ids, IdWriter, NpyWriter, RaggedWriter
 from nanocolbert.storage.tsv import batched, open_bytes, read_id_text, read_lines, read_rows
-from nanocolbert.text import own_backend, prepare_texts, tokenize
+from nanocolbert.text import own_backend, prepare_texts, tokenize, tokenizer_fingerprint
 
 CHUNK = 2000  # texts handed to a worker at a time
 GUESSED = 100  # lines of triples looked at to tell ids from texts
@@ -276,8 +276,7 @@ def check_inputs(args) -> None:
         check_file(path, "input of tsv2mmap.py")
     if not inputs or (args.triples is None and args.collection is None):
         raise InputError("nothing to do: give --collection, or --triples, or both")
-    tokenizer_folder = [args.tokenizer] if Path(args.tokenizer).is_dir() else []
-    check_output_dir(args.output_dir, "tokens", *inputs, *tokenizer_folder)
+    check_output_dir(args.output_dir, "tokens", *inputs, args.tokenizer)
 
 
 def format_of_triples(args) -> str | None:
@@ -321,13 +320,9 @@ def convert(args, folder: Path, triples_format: str | None, writers: dict[str, T
 def main(args):
     started = time.time()
     check_inputs(args)
-    from model import load_tokenizer, tokenizer_fingerprint
-    from nanocolbert.checkpoints.layouts import (
-        texts_of,  # here: the workers, which import this file, need neither torch nor transformers
-    )
+    from nanocolbert.checkpoints.layouts import read_tokenizer  # here: the workers, which import this, need no torch
 
-    tokenizer = load_tokenizer(args.tokenizer)
-    texts = texts_of(args.tokenizer)  # a ColBERT checkpoint may put prompts before them
+    tokenizer, texts = read_tokenizer(args.tokenizer)  # a ColBERT checkpoint may put prompts before its texts
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
     maxlen = {"query": args.query_maxlen, "passage": args.doc_maxlen}
     triples_format = format_of_triples(args)
@@ -371,7 +366,7 @@ def parse_args():
         help="auto: ids if --collection and --queries are given and the first line has no spaces",
     )
     parser.add_argument("--max_triples", type=positive, help="read only the first N triples (default: all)")
-    parser.add_argument("--tokenizer", required=True, help="model name or folder whose tokenizer to use")
+    parser.add_argument("--tokenizer", required=True, help="model whose tokenizer to use: folder, hub name, .dnn file")
     parser.add_argument(
         "--query_maxlen", type=maxlen, default=32, help="tokens of a query with [CLS] [Q] [SEP] (default 32)"
     )

@@ -37,7 +37,8 @@ if __name__ == "__main__":  # before the imports that take seconds: --help, or a
 
 import transformers
 
-from model import ColBERT, model_fingerprint
+from model import ColBERT
+from nanocolbert.checkpoints.layouts import model_fingerprint
 from nanocolbert.compute import default_device
 from nanocolbert.index import compressed
 from nanocolbert.storage.artifact import check_file, read_meta, verify

@@ -42,9 +42,10 @@ from measure import (
 )
 from parity import call_peer, peer_versions
 
-from model import FRAME, MARKERS, ColBERT, tokenize
+from model import ColBERT
 from nanocolbert.compute import fast_dtype
 from nanocolbert.storage.tsv import read_id_text
+from nanocolbert.text import FRAME, MARKERS, tokenize
 
 WAYS = ("reference", "ours_fp32", "ours")
 PEERS = ("sentence-transformers", "pylate")

@@ -28,7 +28,8 @@ from measure import DATA, MINILM, add_results_flag, hardware, write_result
 
 import train
 from evaluate import randomisation_test
-from model import ColBERT, frame
+from model import ColBERT
+from nanocolbert.framing import frame
 from nanocolbert.storage import runs
 from nanocolbert.storage.artifact import read_meta
 from nanocolbert.storage.ragged import Ids, Ragged

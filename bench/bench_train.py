@@ -30,10 +30,12 @@ from bench_encode import encoder_folder, load_texts, useful_gflop
 from measure import DATA, MINILM, add_machine_flags, hardware, matmul_gflops, spread, status_bytes, timed, write_result
 
 import train
-from model import FRAME, MARKERS, ColBERT, to_device, tokenize
+from model import ColBERT
 from nanocolbert.compute import COMPUTE_DTYPES, fast_dtype, mixed_precision
 from nanocolbert.encoder.attention import packable
+from nanocolbert.encoder.batches import to_device
 from nanocolbert.storage.ragged import RaggedWriter
+from nanocolbert.text import FRAME, MARKERS, tokenize
 from nanocolbert.training.triples import TOKENS_PER_BATCH, Triples, collate
 
 WAYS = ("reference", "ours_fp32", "ours")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from model import MARKERS
+from nanocolbert.text import MARKERS
 
 
 def load_tokenizer(name_or_path):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -146,3 +147,28 @@ def own_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Dropout:
             module.__class__ = Dropout
+
+
+_modes = threading.Lock()  # held while modules change between training and not
+_without: WeakKeyDictionary[nn.Module, tuple[int, list]] = WeakKeyDictionary()  # blocks, and the modules they changed
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """No module of a model is in training mode until the block ends, of any thread's; then those are that were."""
+    with _modes:
+        blocks, changed = _without.get(model, (0, []))
+        training = [module for module in model.modules() if module.training]
+        _without[model] = blocks + 1, changed + training
+        for module in training:
+            module.training = False
+    try:
+        yield
+    finally:
+        with _modes:
+            blocks, changed = _without.pop(model)
+            if blocks > 1:
+                _without[model] = blocks - 1, changed
+            else:
+                for module in changed:
+                    module.training = True

@@ -1,7 +1,13 @@
-"""Text to word pieces: one way for all stages, and quick to import, for the processes that do nothing else."""
+"""Text to word pieces: one way for all stages. Quick to import: the processes that only tokenise load no torch."""
+
+import json
+import string
 
 import numpy as np
 from tokenizers import Tokenizer
+
+from nanocolbert.cli import InputError
+from nanocolbert.storage.artifact import fingerprint
 
 MARKERS = {"query": "[Q]", "passage": "[D]"}  # tokens of their own, after [CLS] (paper, section 3.2)
 FRAME = 3  # [CLS], the marker and [SEP] around the word pieces
@@ -42,3 +48,31 @@ def tokenize(tokenizer, texts: list[str], maxlen: int) -> tuple[np.ndarray, np.n
     ids = [encoding.ids[:n] for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     return np.fromiter((i for row in ids for i in row), np.int32, lengths.sum()), lengths
+
+
+def check_texts(texts) -> list[str]:
+    """The texts as a list. Raises InputError unless each is a string: a lone one would be read letter by letter."""
+    if isinstance(texts, str):
+        raise InputError(f"one text, {texts[:40]!r}, where a list of texts is wanted: put it into a list")
+    texts = list(texts)
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"text {position} is of type {type(text).__name__}, not a string: drop or convert it")
+    return texts
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """Fingerprint of what turns text into word pieces; the same before and after [Q] and [D] are added."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    return fingerprint(*(json.dumps(parts[key], sort_keys=True) for key in ("normalizer", "pre_tokenizer", "model")))
+
+
+def punctuation_ids(tokenizer) -> list[int]:
+    """Ids of the tokens that are one symbol of string.punctuation, alone or after a space."""
+    ids = set()
+    for symbol in string.punctuation:
+        spellings = [tokenizer.encode(text, add_special_tokens=False) for text in (symbol, " " + symbol)]
+        ids.update(spelling[0] for spelling in spellings if len(spelling) == 1)
+        if symbol in tokenizer.get_vocab():
+            ids.add(tokenizer.convert_tokens_to_ids(symbol))
+    return sorted(ids - set(tokenizer.all_special_ids))

@@ -1,10 +1,11 @@
 """Write a ColBERT checkpoint of any library in the layout of another: see docs/checkpoints.md.
 
-    python scripts/convert.py --model colbert-ir/colbertv2.0 --output_dir model                    # into our own layout
+    python scripts/convert.py --model colbert-ir/colbertv2.0 --output_dir model                # into this project's own
     python scripts/convert.py --model model --layout sentence-transformers --output_dir for_st     # out of it
 
 reads   a folder, a name on the hub, or ColBERT-v1's .dnn file, in any layout that nanocolbert/checkpoints/ reads
-writes  a model folder with its card, which the library that --layout names opens
+writes  a model folder with its card, which the library that --layout names opens; the layout `nanocolbert` is this
+        project's own, not that of Hannibal046's nanoColBERT, which is read (as `reference`) and not written
 """
 
 import argparse
@@ -14,16 +15,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from nanocolbert.checkpoints import LAYOUTS
 from nanocolbert.cli import run_stage, start
 
-LAYOUTS = ("nanocolbert", "stanford", "pylate", "sentence-transformers")
+HELP = "to write; the default, nanocolbert, is this project's own (not that of Hannibal046's nanoColBERT)"
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="ColBERT checkpoint of any layout: folder, hub name, .dnn file")
     parser.add_argument("--revision", help="version of a model on the hub: branch, tag or commit")
-    parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="to write (default nanocolbert)")
+    parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help=HELP)
     parser.add_argument("--output_dir", type=Path, required=True, help="the model folder to write")
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--verify", action=switch, default=False, help="check the checksums of what is read first")
@@ -33,17 +35,15 @@ def parse_args():
 if __name__ == "__main__":  # before the imports that take seconds: --help, or a wrong flag, is answered at once
     ARGS = start(parse_args)
 
-import transformers
-
-from model import ColBERT, model_fingerprint
-from nanocolbert.checkpoints.layouts import write_card
+from model import ColBERT
+from nanocolbert.checkpoints.card import write_card
+from nanocolbert.checkpoints.layouts import model_fingerprint
 from nanocolbert.storage.artifact import check_output_dir, publish, verify, write_json, write_meta
 from nanocolbert.storage.checksums import sums_of
 
 
 def main(args):
     started = time.time()
-    transformers.utils.logging.disable_progress_bar()
     check_output_dir(args.output_dir, "model", args.model)
     if args.verify:
         verify(args.model)

@@ -116,6 +116,25 @@ def encoder_dir(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def colbert(encoder_dir):
+    """A new ColBERT on the tiny encoder."""
+    import torch
+
+    from model import ColBERT
+
+    torch.manual_seed(1)
+    return ColBERT.from_base(encoder_dir, dim=16).eval()
+
+
+@pytest.fixture
+def fp32(monkeypatch):
+    """Compute in fp32 even where the CPU has bf16, so that small differences are mistakes."""
+    import torch
+
+    monkeypatch.setattr("model.fast_dtype", lambda device: torch.float32)
+
+
 @pytest.fixture(scope="session")
 def toy_dir(tmp_path_factory) -> Path:
     """A collection in which a query's word names its passages: collection, queries, triples of ids and of texts,

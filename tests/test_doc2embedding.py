@@ -11,7 +11,8 @@ import torch
 from conftest import call_stage, launch_cli, succeed
 from tqdm import tqdm
 
-from model import ColBERT, EmbeddingError
+from model import ColBERT
+from nanocolbert.encoder.soundness import EmbeddingError
 from nanocolbert.storage.artifact import lock, read_meta, verify
 from nanocolbert.storage.ragged import Ids, Ragged
 

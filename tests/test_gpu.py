@@ -7,8 +7,9 @@ from conftest import run_stage_cli, succeed
 from test_codec import NLIST, make_passages, make_query
 from test_compressed import EVERYTHING, block, make_index
 
-from model import ColBERT, to_device
+from model import ColBERT
 from nanocolbert.encoder.attention import packable
+from nanocolbert.encoder.batches import to_device
 from nanocolbert.index.codec import Codec
 from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.index.gpu_index import GpuIndex

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, call_stage, run_stage_cli, succeed, toy_inputs
 from tqdm import tqdm
 
-from model import load_tokenizer
+from nanocolbert.encoder.pretrained import load_tokenizer
 from nanocolbert.storage.ragged import Ids, Ragged
 from nanocolbert.storage.tsv import read_id_text
 from tsv2mmap import TextRows, below_a_bar

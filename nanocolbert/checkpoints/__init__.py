@@ -1,1 +1,3 @@
-"""Checkpoints of every ColBERT library."""
+"""Checkpoints of every ColBERT library: read into the parts of a model, and written from a model."""
+
+LAYOUTS = ("nanocolbert", "stanford", "pylate", "sentence-transformers")  # that are written; our own is the first

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from nanocolbert.cli import InputError, first_line
 from nanocolbert.encoder import attention
+from nanocolbert.encoder.quiet import quietly
 from nanocolbert.storage.artifact import read_json
 
 # model_types whose token embeddings of a text are the same alone and beside longer texts, and the same once saved and
@@ -31,6 +31,7 @@ SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"
 SETTINGS_FILES = ["*.json", "*.txt", "*.model", "*.metadata"]  # of a repository on the hub
 NOT_LOADED = ["onnx/*", "openvino/*", "*.h5", "*.msgpack"]
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # owner/model, or a model of old; a path has more to it
 POINTER = b"version https://git-lfs.github.com/spec/"  # a file that git-lfs has not fetched begins so
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")  # what a tokenizer is made from, or a *.model
 BUFFERS = re.compile(r"(^|\.)(position_ids|inv_freq)$")  # saved by older versions, computed by all
@@ -48,8 +49,8 @@ def locate(name_or_path, revision: str | None = None, weights: bool = True) -> P
         if revision is not None:
             raise InputError(f"{name_or_path}: a local checkpoint has no revisions, {revision!r} was asked for")
         return Path(name_or_path)
-    if Path(name_or_path).is_absolute() or str(name_or_path).count("/") > 1 or str(name_or_path).startswith("."):
-        raise InputError(f"{name_or_path}: no such folder")  # no name on the hub looks like that
+    if not HUB_NAME.fullmatch(str(name_or_path)) or str(name_or_path).endswith(".dnn"):
+        raise InputError(f"{name_or_path}: no such {'file' if str(name_or_path).endswith('.dnn') else 'folder'}")
     from huggingface_hub import snapshot_download
 
     options = {"revision": revision, "ignore_patterns": NOT_LOADED}
@@ -88,16 +89,13 @@ def read_settings(path: Path) -> dict:
 @contextlib.contextmanager
 def loading(what: str) -> Iterator[None]:
     """Make an InputError in one line of whatever transformers raises over the files of a checkpoint."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # what is to be said of them is said here
     try:
-        yield
+        with quietly():
+            yield
     except (InputError, MemoryError):
         raise
     except Exception as error:
         raise InputError(f"{what} ({first_line(error)}): give another, or its files anew") from None
-    finally:
-        transformers.logging.set_verbosity(verbosity)
 
 
 # ------------------------------------------------------------------------------------------------------------ tokenizer

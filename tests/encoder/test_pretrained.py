@@ -9,10 +9,10 @@ import torch
 import transformers
 from conftest import call_stage
 from safetensors.torch import load_file, save_file
-from test_model import TEXTS, train_tokenizer
+from tiny_models import TEXTS, train_tokenizer
 
 import model as model_module
-from model import ColBERT, tokenizer_fingerprint
+from model import ColBERT
 from nanocolbert.cli import InputError
 from nanocolbert.encoder import attention, pretrained
 from nanocolbert.encoder.pretrained import POINTER, check_weights, load_tokenizer, longest_input
@@ -109,12 +109,6 @@ def test_other_encoders_are_refused(kind, encoder_dir, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ damaged folders
-
-
-@pytest.fixture(scope="module")
-def colbert(encoder_dir):
-    torch.manual_seed(1)
-    return ColBERT.from_base(encoder_dir, dim=16).eval()
 
 
 @pytest.fixture
@@ -283,13 +277,6 @@ def test_a_tokenizer_of_another_model(base, saved, tmp_path):
     save_base("roberta", tmp_path / "roberta")
     change_settings(tmp_path / "roberta", pad_token_id=1)
     refused(ColBERT.from_base, tmp_path / "roberta", "its tokenizer pads with token 0, its encoder with 1")
-
-
-def test_an_index_made_with_another_tokenizer(colbert):
-    colbert.check_tokenizer("index", {})  # made before it was written down
-    colbert.check_tokenizer("index", {"tokenizer_fingerprint": tokenizer_fingerprint(colbert.tokenizer)})
-    with pytest.raises(InputError, match="index: made with another tokenizer than the model now has"):
-        colbert.check_tokenizer("index", {"tokenizer_fingerprint": "0"})
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])

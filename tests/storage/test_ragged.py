@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 
 from nanocolbert.cli import InputError
-from nanocolbert.storage.ragged import Ids, IdWriter, NpyWriter, Ragged, RaggedWriter, allocate_npy, neighbours, ranges
+from nanocolbert.storage.ragged import (
+    Ids,
+    IdWriter,
+    NpyWriter,
+    Ragged,
+    RaggedWriter,
+    allocate_npy,
+    length_batches,
+    neighbours,
+    ranges,
+)
 
 ROWS = [[1, 2, 3], [], [4], [], [], [5, 6], [7, 8, 9, 10], []]
 
@@ -142,3 +152,10 @@ def test_neighbours_hold_every_row_once():
         for part in slices:
             assert part.stop > part.start and sum(lengths[part][:-1]) < 20
         assert len(slices) <= 1 + sum(lengths) // 10
+
+
+def test_length_batches():
+    lengths = np.array([5, 180, 7, 7, 3, 60, 5])
+    batches = length_batches(lengths, 20)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(7))
+    assert [lengths[batch].tolist() for batch in batches] == [[180], [60], [7, 7], [5, 5, 3]]

@@ -17,8 +17,9 @@ from conftest import ROOT, call_stage
 from toy_training import STOPPED, killed_at, refused, train
 
 import train as train_stage
-from model import ColBERT, model_fingerprint
+from model import ColBERT
 from nanocolbert import cli
+from nanocolbert.checkpoints.layouts import model_fingerprint
 from nanocolbert.cli import InputError
 from nanocolbert.compute import mixed_precision
 from nanocolbert.storage.artifact import SUM, read_json, verify
