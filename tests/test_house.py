@@ -25,14 +25,34 @@ MAY_KNOW = {
     "nanocolbert.compute": ("nanocolbert.cli",),
     "nanocolbert.storage": ("nanocolbert.cli",),
     "nanocolbert.text": (*GROUND, "nanocolbert.storage"),
+    "nanocolbert.config": (*GROUND, "nanocolbert.storage", "nanocolbert.text"),
     "nanocolbert.maxsim": (*GROUND, "nanocolbert.storage"),
-    "nanocolbert.encoder": (*GROUND, "nanocolbert.storage", "nanocolbert.text"),
-    "nanocolbert.checkpoints": (*GROUND, "nanocolbert.storage", "nanocolbert.text", "nanocolbert.encoder"),
+    "nanocolbert.encoder": (*GROUND, "nanocolbert.storage", "nanocolbert.text", "nanocolbert.config"),
+    "nanocolbert.checkpoints": (
+        *GROUND,
+        "nanocolbert.storage",
+        "nanocolbert.text",
+        "nanocolbert.config",
+        "nanocolbert.encoder",
+    ),
     "nanocolbert.index": (*GROUND, "nanocolbert.storage", "nanocolbert.maxsim"),
     "nanocolbert.training": (
-        *(*GROUND, "nanocolbert.storage", "nanocolbert.maxsim", "nanocolbert.text", "nanocolbert.encoder"),
+        *(
+            *GROUND,
+            "nanocolbert.storage",
+            "nanocolbert.maxsim",
+            "nanocolbert.text",
+            "nanocolbert.config",
+            "nanocolbert.encoder",
+        ),
     ),
-    "nanocolbert.explain": (*GROUND, "nanocolbert.storage", "nanocolbert.maxsim", "nanocolbert.text"),
+    "nanocolbert.explain": (
+        *GROUND,
+        "nanocolbert.storage",
+        "nanocolbert.maxsim",
+        "nanocolbert.text",
+        "nanocolbert.config",
+    ),
 }
 
 
