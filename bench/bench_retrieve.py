@@ -49,6 +49,46 @@ def recall(rankings: list, truth: list, k: int = 10) -> float:
     return statistics.mean(shares)
 
 
+def run_in_turn(ways: dict, searcher: Searcher, n_queries: int) -> tuple[dict, dict, dict]:
+    """Search for each query by each way in turn: {way: milliseconds}, {way: rows found}, {way: seconds of parts}."""
+    for run in ways.values():
+        for i in range(min(WARM_UP, n_queries)):
+            run(i)
+    milliseconds, found = {way: [] for way in ways}, {way: [] for way in ways}
+    parts = {way: {} for way in ways}  # where the Searcher's time goes
+    for i in range(n_queries):
+        for way, run in ways.items():
+            searcher.seconds = parts[way]  # it adds to what is there
+            (rows, _), seconds = timed(run, i)
+            milliseconds[way].append(1000 * seconds)
+            found[way].append(rows)
+    searcher.seconds = {}
+    return milliseconds, found, parts
+
+
+def table(milliseconds: dict, found: dict, parts: dict, truth: list) -> list[dict]:
+    """A row for each way, printed too; speed_ratio is to the reference."""
+    reference_ms, rows = statistics.mean(milliseconds["reference"]), []
+    for way, times in milliseconds.items():
+        mean = statistics.mean(times)
+        rows.append(
+            {
+                "way": way,
+                "mean_ms": round(mean, 2),
+                "ms": spread(times, 2) if len(times) > 1 else None,
+                "recall_at_10": round(recall(found[way], truth), 4),
+                "speed_ratio": round(reference_ms / mean, 2),
+                "parts_ms": {what: round(1000 * s / len(truth), 2) for what, s in parts.get(way, {}).items()},
+            }
+        )
+        low, high = min(times), max(times)
+        print(
+            f"{way:10} {mean:9.2f} ms a query [{low:.2f}, {high:.2f}], recall@10 {rows[-1]['recall_at_10']:.4f}: "
+            f"{rows[-1]['speed_ratio']} x {rows[-1]['parts_ms'] or ''}"
+        )
+    return rows
+
+
 def main(args):
     machine = hardware()
     transformers.logging.set_verbosity_error()
@@ -76,41 +116,12 @@ def main(args):
         "ours_all": lambda i: search(queries[i : i + 1], everything)[0],
         "ours": lambda i: search(queries[i : i + 1])[0],
     }
-    for run in ways.values():
-        for i in range(min(WARM_UP, len(queries))):
-            run(i)
-    milliseconds, found = {way: [] for way in ways}, {way: [] for way in ways}
-    parts = {way: {} for way in ways}  # where the Searcher's time goes
-    for i in range(len(queries)):
-        for way, run in ways.items():
-            searcher.seconds = parts[way]  # it adds to what is there
-            (rows, _), seconds = timed(run, i)
-            milliseconds[way].append(1000 * seconds)
-            found[way].append(rows)
-    searcher.seconds = {}
+    milliseconds, found, parts = run_in_turn(ways, searcher, len(queries))
     started = time.perf_counter()
     found["ours_batch"] = [rows for part in queries.split(BATCH) for rows, _ in search(part)]
     milliseconds["ours_batch"] = [1000 * (time.perf_counter() - started) / len(queries)]
     milliseconds["exact"], found["exact"] = [1000 * exact_seconds / len(queries)], truth
-
-    reference_ms, rows = statistics.mean(milliseconds["reference"]), []
-    for way, times in milliseconds.items():
-        mean = statistics.mean(times)
-        rows.append(
-            {
-                "way": way,
-                "mean_ms": round(mean, 2),
-                "ms": spread(times, 2) if len(times) > 1 else None,
-                "recall_at_10": round(recall(found[way], truth), 4),
-                "speed_ratio": round(reference_ms / mean, 2),
-                "parts_ms": {what: round(1000 * s / len(queries), 2) for what, s in parts.get(way, {}).items()},
-            }
-        )
-        low, high = min(times), max(times)
-        print(
-            f"{way:10} {mean:9.2f} ms a query [{low:.2f}, {high:.2f}], recall@10 {rows[-1]['recall_at_10']:.4f}: "
-            f"{rows[-1]['speed_ratio']} x {rows[-1]['parts_ms'] or ''}"
-        )
+    rows = table(milliseconds, found, parts, truth)
     Lq, D = queries.shape[1:]
     gflops = 2 * queries.numel() * len(searcher.embeddings.values) / exact_seconds / 1e9
     roof = matmul_gflops(torch.float32)
