@@ -29,7 +29,7 @@ from nanocolbert.index.knobs import BITS, LONGEST
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens_dir", type=Path, required=True, help="what tsv2mmap.py wrote, with a collection")
-    parser.add_argument("--model", required=True, type=Path, help="ColBERT model folder")
+    parser.add_argument("--model", required=True, help="ColBERT of any layout: folder, hub name, .dnn file")
     parser.add_argument("--output_dir", type=Path, required=True, help="the embeddings folder to write or complete")
     parser.add_argument("--part_size", type=positive, default=10_000, help="passages in a part (default 10000)")
     parser.add_argument("--bits", type=int, choices=BITS, help="compress at once, to so many bits a dimension")
@@ -219,11 +219,11 @@ def facts_of(model: ColBERT, model_print: str, tokens_meta: dict, processes: int
     parts = read_parts(folder, n_passages, args.part_size)
     collection = tokens_meta.get("collection_path")
     return {
-        "model": str(args.model),
+        "model": args.model,
         "model_fingerprint": model_print,
         "tokenizer_fingerprint": tokenizer_fingerprint(model.tokenizer),
         "normalized": model.config.normalize,
-        "model_path": seen_from(folder, args.model),
+        "model_path": seen_from(folder, args.model) if Path(args.model).exists() else None,  # on the hub
         "collection_path": collection and seen_from(folder, args.tokens_dir.resolve() / collection),
         "tokens_fingerprint": tokens_meta["fingerprint"],
         "processes": processes,

@@ -83,6 +83,14 @@ def stanford_state() -> dict[str, torch.Tensor]:
     return load_file(GOLDEN / "stanford-bert" / "model.safetensors")
 
 
+def v1_file() -> dict:
+    """What v1's file of a golden checkpoint holds: torch.save it."""
+    arguments = {"dim": 8, "query_maxlen": 16, "doc_maxlen": 40, "mask_punctuation": True, "similarity": "l2"}
+    arguments |= {"model": str(GOLDEN / STANFORD), "lr": 3e-6, "amp": True}
+    state = {f"module.{name}": weight for name, weight in stanford_state().items()}
+    return {"epoch": 0, "batch": 1, "model_state_dict": state, "optimizer_state_dict": {}, "arguments": arguments}
+
+
 def assert_refused(folder: Path, name: str, settings: dict, removed: tuple[str, ...], message: str) -> None:
     """A checkpoint whose settings are changed so is refused, in one line."""
     change(folder, name, *removed, **settings)

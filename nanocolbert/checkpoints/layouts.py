@@ -23,7 +23,7 @@ from nanocolbert.checkpoints.sentence_transformers import read_sentence_transfor
 from nanocolbert.checkpoints.stanford import read_stanford, read_v1, save_stanford
 from nanocolbert.cli import InputError
 from nanocolbert.config import ColBERTConfig
-from nanocolbert.encoder.pretrained import check_folder, load_tokenizer, locate, read_settings
+from nanocolbert.encoder.pretrained import HUB_NAME, check_folder, load_tokenizer, locate, read_settings
 from nanocolbert.storage.artifact import fingerprint, write_json
 from nanocolbert.storage.checksums import check_sizes, check_sums
 
@@ -88,7 +88,10 @@ def read_tokenizer(name_or_path) -> tuple:
 
 def model_fingerprint(name_or_path) -> str:
     """Fingerprint of a model: its weights and settings, wherever it lies. Raises InputError where there is none."""
-    path = locate(name_or_path)
+    try:
+        path = locate(name_or_path)
+    except InputError as error:
+        raise InputError(f"{error}: run train.py first, or give another model") from None
     if path.is_file():  # v1's
         return fingerprint(path)
     files = [path / "config.json", *weights_in(path)]
@@ -99,6 +102,21 @@ def model_fingerprint(name_or_path) -> str:
     elif len(files) < 2 or not files[0].is_file():
         raise InputError(f"{name_or_path}: no model here (config.json and *.safetensors): run train.py first")
     return fingerprint(*files)
+
+
+def model_of(folder, meta: dict) -> str:
+    """The model that embeddings or an index were made from, by their meta.json: its folder or file, or name on the hub.
+
+    It is looked for where it then lay beside them, then where it then was. Raises InputError where it is not there.
+    """
+    beside = meta.get("model_path")
+    places = [*([(Path(folder).resolve() / beside).resolve()] if beside else []), Path(meta["model"])]
+    for place in places:
+        if is_colbert(place):
+            return str(place)
+    if not beside and HUB_NAME.fullmatch(meta["model"]):  # what lay on a disk has a path
+        return meta["model"]
+    raise InputError(f"{folder}: its model, {meta['model']}, is not there: give its folder as model")
 
 
 def weights_in(folder: Path) -> list[Path]:

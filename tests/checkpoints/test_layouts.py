@@ -1,5 +1,6 @@
 """Layouts: vectors as the other libraries gave them, every way in and out of a folder, and what must be refused."""
 
+import json
 import shutil
 
 import numpy as np
@@ -19,6 +20,7 @@ from golden_checkpoints import (
     copy_of,
     largest_difference,
     stanford_state,
+    v1_file,
     variant_of,
     vectors,
 )
@@ -125,7 +127,9 @@ def test_fingerprints(colbert, tmp_path):
     assert model_fingerprint(tmp_path) != before
 
 
-def test_names_on_the_hub(monkeypatch):
+@pytest.fixture
+def hub(monkeypatch):
+    """The hub gives out a golden checkpoint, whatever is asked for; returns what is asked."""
     calls = []
 
     def download(name, revision, allow_patterns, ignore_patterns):
@@ -133,9 +137,46 @@ def test_names_on_the_hub(monkeypatch):
         return str(GOLDEN / PYLATE)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    return calls
+
+
+def test_names_on_the_hub(hub):
     model = ColBERT.from_pretrained("some/model", revision="v2")
     assert largest_difference(vectors(model), dict(np.load(GOLDEN / PYLATE / "as-saved.npz"))) < 1e-5
-    assert calls == [("some/model", "v2", SETTINGS_FILES)]  # the weights were there already
+    assert hub == [("some/model", "v2", SETTINGS_FILES)]  # the weights were there already
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_fingerprints_of_other_models(checkpoint, tmp_path):
+    """A copy has the same; one setting or one weight gives another; pickles count where there is nothing else."""
+    before = model_fingerprint(copy_of(checkpoint, tmp_path))
+    assert model_fingerprint(copy_of(checkpoint, tmp_path / "again")) == before
+    (tmp_path / checkpoint / "pytorch_model.bin").write_bytes(b"")
+    assert model_fingerprint(tmp_path / checkpoint) == before
+    for part in ("config.json", "model.safetensors"):
+        folder = copy_of(checkpoint, tmp_path / part)
+        (folder / part).write_bytes((folder / part).read_bytes() + b" ")
+        assert model_fingerprint(folder) != before
+
+
+def test_fingerprints_of_names_and_files(hub, tmp_path):
+    assert model_fingerprint("some/model") == model_fingerprint(GOLDEN / PYLATE)
+    (tmp_path / "a.dnn").write_text("a")
+    (tmp_path / "b.dnn").write_text("b")
+    assert model_fingerprint(tmp_path / "a.dnn") != model_fingerprint(tmp_path / "b.dnn")
+
+
+def test_the_model_of_an_index(hub, colbert, tmp_path):
+    """Beside it as it was, then where it was, then on the hub: not there, if it lay on a disk."""
+    copy_of(PYLATE, tmp_path / "old")
+    beside, given = tmp_path / "moved" / "model", tmp_path / "old" / PYLATE
+    meta = {"model_path": "../model", "model": str(given)}
+    assert layouts.model_of(tmp_path / "moved" / "index", meta) == str(given)
+    colbert.save_pretrained(beside)
+    assert layouts.model_of(tmp_path / "moved" / "index", meta) == str(beside)
+    with pytest.raises(InputError, match="index: its model, a/b/c, is not there: give its folder as model"):
+        layouts.model_of(tmp_path / "index", {"model_path": "../none", "model": "a/b/c"})
+    assert layouts.model_of(tmp_path / "index", {"model_path": None, "model": "some/model"}) == "some/model"
 
 
 def test_stages_with_a_checkpoint_of_another_library(toy_dir, encoder_dir, tmp_path):
@@ -163,6 +204,23 @@ def test_stages_with_a_checkpoint_of_another_library(toy_dir, encoder_dir, tmp_p
     shutil.rmtree(embeddings)
     assert "without the prompts that" in embed().stderr
     assert model_fingerprint(model) != model_fingerprint(GOLDEN / NATIVE)
+
+
+def test_stages_with_names_and_files(hub, toy_dir, tmp_path):
+    """A name on the hub and v1's file are taken as a folder is."""
+    torch.save(v1_file(), tmp_path / "colbert.dnn")
+    (tmp_path / "some.tsv").write_text("p0\tthe old boat\np1\ta drum, (late)\n")
+    for name, source in (("some/model", PYLATE), (tmp_path / "colbert.dnn", STANFORD)):
+        tokens, embeddings = tmp_path / source / "tokens", tmp_path / source / "embeddings"
+        arguments = ("--collection", tmp_path / "some.tsv", "--workers", 1, "--tokenizer", name, "--output_dir", tokens)
+        succeed(call_stage("tsv2mmap.py", *arguments, "--query_maxlen", 16, "--doc_maxlen", 40))
+        arguments = ("--tokens_dir", tokens, "--model", name, "--output_dir", embeddings)
+        succeed(call_stage("doc2embedding.py", "--cpu", *arguments))
+        expected = ColBERT.from_pretrained(GOLDEN / source).encode_passages(["the old boat", "a drum, (late)"])
+        assert np.abs(np.load(embeddings / "values.npy") - torch.cat(expected).numpy()).max() < 1e-3
+        meta = json.loads((embeddings / "meta.json").read_text())
+        assert meta["model_fingerprint"] == model_fingerprint(name)
+        assert layouts.model_of(embeddings, meta) == (name if name == "some/model" else str(name))
 
 
 def test_training_goes_on_from_another_library(tmp_path, encoder_dir):

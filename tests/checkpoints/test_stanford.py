@@ -5,7 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_checkpoints import GOLDEN, STANFORD, assert_refused, copy_of, largest_difference, stanford_state, vectors
+from golden_checkpoints import (
+    GOLDEN,
+    STANFORD,
+    assert_refused,
+    copy_of,
+    largest_difference,
+    stanford_state,
+    v1_file,
+    vectors,
+)
 
 from model import ColBERT
 from nanocolbert.cli import InputError
@@ -23,10 +32,8 @@ def test_pickled_weights(tmp_path):
 
 def test_v1(tmp_path):
     """v1's file: the weights of colbert-ai's, the arguments of the training, the encoder's shape from its base."""
-    arguments = {"dim": 8, "query_maxlen": 16, "doc_maxlen": 40, "mask_punctuation": True, "similarity": "l2"}
-    arguments |= {"model": str(GOLDEN / "stanford-bert"), "lr": 3e-6, "amp": True}
-    state = {f"module.{name}": weight for name, weight in stanford_state().items()}
-    v1 = {"epoch": 0, "batch": 1, "model_state_dict": state, "optimizer_state_dict": {}, "arguments": arguments}
+    v1 = v1_file()
+    state, arguments = v1["model_state_dict"], v1["arguments"]
     torch.save(v1, tmp_path / "colbert.dnn")
     expected = dict(np.load(GOLDEN / "stanford-bert" / "as-saved.npz"))
     assert largest_difference(vectors(ColBERT.from_pretrained(tmp_path / "colbert.dnn")), expected) < 1e-5

@@ -330,3 +330,20 @@ def test_what_is_saved_can_be_read_by_others(colbert, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file: a file, not a folder"):
         colbert.save_pretrained(tmp_path / "file")
+
+
+# ----------------------------------------------------------------------------------------------- what is not there
+
+
+@pytest.mark.parametrize("name", ["/nowhere", "./nowhere", "nowhere/", "no/such/model", "~/model", "my model"])
+def test_folders_that_are_not_there(name, monkeypatch):
+    """What can be no name on the hub is not looked for there."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    for load in (ColBERT.from_pretrained, ColBERT.from_base, load_tokenizer):
+        refused(load, name, f"^{name}: no such folder$")
+    refused(ColBERT.from_pretrained, "nowhere.dnn", r"^nowhere\.dnn: no such file$")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere/such"])
+def test_names_that_are_not_there(name):
+    refused(ColBERT.from_pretrained, name, f"^{name}: neither a folder nor a model that the hub gives out: ")
