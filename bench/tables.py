@@ -30,6 +30,13 @@ NAMES = {  # what people call a system; {} is its bytes a token
     "fast-plaid-4": "fast-plaid, 4 bits, {} B/token",
     "warp-4": "WARP, 4 bits, {} B/token",
 }
+PAIRS = (  # another engine and its setting, ours and its setting
+    ("plaid-2", "default", "ours-1", "fast"),
+    ("plaid-2", "default", "ours-2", "fast"),
+    ("fast-plaid-4", "default", "ours-4", "default"),
+    ("ivfpq", "nprobe 8, depth 128, rerank 400", "ours-2-vectors", "default"),
+    ("ivfpq", "nprobe 8, depth 256, rerank 1000", "ours-2-vectors", "nprobe 48, n_coarse 6400"),
+)
 SIMPLE = ("fast", "default", "best")  # settings of ours that the large table shows
 
 
@@ -168,6 +175,22 @@ def search() -> str:
     return engines(last("search", lambda line: line["passages"] == 20958 and len(line["args"]["systems"]) > 2))
 
 
+def beside() -> str:
+    """Pairs of the large table: another engine, and ours where it finds about as much, or more."""
+    line = last("search", lambda line: line["passages"] == 20958 and len(line["args"]["systems"]) > 2)
+    found = {(row["system"], row["setting"]): row for row in line["rows"]}
+    rows = []
+    for other, setting, ours, our_setting in PAIRS:
+        pair = found[other, setting], found[ours, our_setting]
+        names = [f"{name_of(row)}, {row['setting']}" for row in pair]
+        recalls = [f"{row['recall_at_10']:.3f}" for row in pair]
+        ms = [f"{row['ms_at_10']:.1f}" for row in pair]
+        build = [f"{row['build_seconds']:,.0f}" for row in pair]
+        ratio = times(pair[0]["ms_at_10"] / pair[1]["ms_at_10"])
+        rows.append([*names, *(" → ".join(values) for values in (recalls, ms)), ratio, " → ".join(build)])
+    return table(["engine", "ours", "recall@10", "ms a query", "faster", "build, s"], rows)
+
+
 def untrained() -> str:
     """The same with a projection that was not trained, on the first 4,000 paragraphs."""
     return engines(last("search", lambda line: line["passages"] == 4000))
@@ -246,7 +269,7 @@ def parity() -> str:
 
 TABLES = {
     function.__name__: function
-    for function in (reference, zen3, gpu, search, untrained, growth, memory, quality, parity)
+    for function in (reference, zen3, gpu, search, beside, untrained, growth, memory, quality, parity)
 }
 
 
