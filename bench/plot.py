@@ -16,7 +16,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.transforms import Bbox
 from measure import add_results_flag
+from tables import ZEN3, name_of
 
 OTHERS = {  # way of a row: what the legend says, and the colour
     "reference": ("the reference's way", "#4477aa"),
@@ -33,14 +35,42 @@ SEARCH = {  # how the name of a search system begins: its colour
     "warp": "#aa3377",
 }
 MARKERS = {"1": "v", "2": "o", "4": "s", "8": "^", "vectors": "D"}  # how it ends: bits, or bits and vectors
+PARAGRAPHS = 20_958  # of SQuAD: a benchmark takes them first
+PLACES = [  # of a name beside the end of its line, the first that is free: points right and up, alignment
+    ((7, 0), "left", "center"),
+    ((0, 8), "center", "bottom"),
+    ((4, 8), "right", "bottom"),
+    ((-4, 8), "left", "bottom"),
+    ((7, -4), "left", "top"),
+    ((4, -9), "left", "top"),
+    ((0, -8), "center", "top"),
+    ((-8, 0), "right", "center"),
+    ((0, 20), "center", "bottom"),
+]
+BETTER = {"xycoords": "axes fraction", "textcoords": "axes fraction", "color": "0.4", "fontsize": 10}
 
 
-def last_rows(args, name: str) -> list[dict]:
-    """Rows of the last line of a benchmark on the device asked for; none if it was not measured."""
+def last_line(args, name: str) -> dict | None:
+    """The last line of a benchmark on the device asked for; of the CPU with AVX-512 bf16 where both were measured."""
     path = args.results / f"{name}.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     lines = [line for line in lines if line["args"].get("device", "cpu") == args.device]
-    return lines[-1]["rows"] if lines else []
+    first = [line for line in lines if ZEN3 not in line["hardware"]["cpu"]]
+    return (first or lines or [None])[-1]
+
+
+def last_rows(args, name: str) -> list[dict]:
+    """Rows of `last_line`; none if it was not measured."""
+    line = last_line(args, name)
+    return line["rows"] if line else []
+
+
+def hardware_of(line: dict) -> str:
+    """The machine of a line, as people name it."""
+    machine = line["hardware"]
+    if line["args"].get("device") == "cuda":
+        return machine.get("gpu", "a GPU")
+    return machine["cpu"] + ("" if "family" in machine["cpu"] else " with AVX-512 bf16") + ", one core"
 
 
 def stages(args) -> list[tuple[str, str, dict]]:
@@ -86,45 +116,82 @@ def draw_speed(args) -> Path | None:
     axis.set_yticks(*zip(*ticks, strict=True), fontsize=9)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.12 * max(ratio for *_, ratio in bars))
-    axis.set_xlabel("how many times as fast we are (dotted: as fast)")
+    axis.set_xlabel("how many times as fast we are (dotted: as fast)      better →")
     axis.spines[["top", "right"]].set_visible(False)
     used = [other for other in OTHERS if other in {other for _, other, _ in bars}]
     handles = [plt.Rectangle((0, 0), 1, 1, color=OTHERS[other][1]) for other in used]
-    labels, above = [OTHERS[other][0] for other in used], {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
-    axis.legend(handles, labels, title="our speed beside that of", ncols=len(used), frameon=False, **above)
+    labels, inside = [OTHERS[other][0] for other in used], {"loc": "upper right", "fontsize": 9}
+    axis.legend(handles, labels, title="our speed beside that of", frameon=False, **inside)
+    line = last_line(args, "encode") or last_line(args, "train") or last_line(args, "maxsim")
+    where = f" ({hardware_of(line)})" if line else ""
+    axis.set_title(f"MiniLM on MS MARCO's text; tokenising and search: SQuAD\n{where[2:-1]}", fontsize=11)
+    figure.tight_layout()
     return save(figure, args, "speed")
 
 
 def draw_search(args) -> Path | None:
-    """Recall@10 against milliseconds a query, a line of settings for each system."""
-    rows = last_rows(args, "search")
-    if not rows:
+    """Recall@10 against milliseconds a query, a line of settings for each system, its name at the line's end."""
+    line = last_line(args, "search")
+    if not line:
         return None
-    figure, axis = plt.subplots(figsize=(8.6, 4.8))
+    figure, axis = plt.subplots(figsize=(9.2, 5.4))
+    names, rows = [], line["rows"]
     for system in dict.fromkeys(row["system"] for row in rows):
-        points = sorted((row["ms_at_10"], row["recall_at_10"]) for row in rows if row["system"] == system)
-        size = next(row["bytes_per_token"] for row in rows if row["system"] == system)
+        here = sorted((row for row in rows if row["system"] == system), key=lambda row: row["ms_at_10"])
+        points = [(row["ms_at_10"], row["recall_at_10"]) for row in here]
         color = next(SEARCH[start] for start in sorted(SEARCH, key=len, reverse=True) if system.startswith(start))
         marker = MARKERS.get(system.rsplit("-", 1)[-1], "P")
         look = {"color": color, "marker": marker, "markersize": 7, "linewidth": 1, "markeredgecolor": "white"}
-        axis.plot(*zip(*points, strict=True), label=f"{system}, {size:.0f} B/token", **look)
+        axis.plot(*zip(*points, strict=True), **look)
+        names.append((name_of(here[0]), color, points))
     axis.set_xscale("log")
     low, high = axis.get_xlim()
+    high *= 2.5  # room for the names at the right
     ticks = [digit * 10.0**power for power in range(-2, 5) for digit in (1, 2, 5)]
     ticks = [tick for tick in ticks if low <= tick <= high]
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
-    axis.set_xlabel("ms a query, one thread")
+    bottom, top = axis.get_ylim()
+    axis.set(xlim=(low, high), ylim=(bottom, top + 0.12 * (top - bottom)))
+    axis.set_xlabel("ms a query, one thread, without the query encoder")
     axis.set_ylabel("recall@10 of exact search")
     axis.grid(color="0.9", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+    what = "paragraphs of SQuAD" if line["passages"] <= PARAGRAPHS else "passages of SQuAD and Wikipedia"
+    axis.set_title(
+        f"{line['passages']:,} {what}, {line['tokens'] / 1e6:.1f} M tokens\n{hardware_of(line)}", fontsize=11
+    )
+    arrow = {"arrowstyle": "-|>", "color": "0.4", "linewidth": 1.4}
+    axis.annotate("better", (0.02, 0.97), (0.09, 0.86), arrowprops=arrow, **BETTER)
+    figure.tight_layout()
+    write_names(axis, names)
     return save(figure, args, "search")
+
+
+def write_names(axis, names: list[tuple[str, str, list]]) -> None:
+    """Write each name (text, colour, points of its line) at the last of its points, where nothing else is."""
+    figure = axis.figure
+    renderer, taken = figure.canvas.get_renderer(), []
+    along = [axis.transData.transform(points) for *_, points in names]  # pixels
+    for points in along:
+        for start, end in zip(points, [*points[1:], points[-1]], strict=True):
+            taken += [Bbox.from_bounds(*(start + (end - start) * share / 8 - 3), 6, 6) for share in range(9)]
+    for (text, color, points), pixels in zip(names, along, strict=True):
+        for number, (offset, side, level) in enumerate(PLACES, 1):
+            place = {"ha": side, "va": level, "textcoords": "offset points", "color": color, "fontsize": 9}
+            name = axis.annotate(text, points[-1], offset, annotation_clip=False, **place)
+            box = name.get_window_extent(renderer)
+            is_inside = figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= axis.bbox.y1
+            own = Bbox.from_bounds(*(pixels[-1] - 3), 6, 6)
+            others = [other for other in taken if not other.overlaps(own)]
+            if (is_inside and not any(box.overlaps(other) for other in others)) or number == len(PLACES):
+                taken.append(box)
+                break
+            name.remove()
 
 
 def save(figure, args, name: str) -> Path:
     path = args.results / f"{name}.png"
-    figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})  # the same figures give the same file
     plt.close(figure)
     return path

@@ -1,9 +1,10 @@
 """Why a passage scores as it does: which passage token each query token matched, and how strongly.
 
-    found = explain(model, "how do I read a gzip file?", "Open a gzip-compressed file ...")
+    hit = Searcher("index").search("how do I read a gzip file?", k=1)[0]
+    found = explain(model, "how do I read a gzip file?", hit)    # or a text in place of the hit
     found                # in a notebook: the passage in colour, over its tokens the query tokens that matched them
     found.matches()      # rows (query token, passage token, similarity, position); their similarities make found.score
-    found.heatmap()      # every similarity, as a matplotlib figure
+    found.heatmap()      # the similarities, as a matplotlib figure
 
 The score is a sum over query tokens (MaxSim; paper, eq. 3), so nothing here is an approximation. The [MASK] fill of a
 query scores too (query augmentation); it is shown as one, in grey.
@@ -12,18 +13,21 @@ query scores too (query augmentation); it is shown as one, in grey.
 import html
 import itertools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
-from model import FRAME, ColBERT, prepare_texts, tokenize
+from nanocolbert.cli import InputError
+from nanocolbert.text import FRAME, prepare_texts, tokenize
 
-COLUMNS = 45  # passage tokens side by side in a heatmap; more go into further panels, like lines of text
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS = 45  # passage tokens side by side in a heatmap; of a longer passage those that matter
 CELL = 0.24  # inches
 NAMES = 3  # query tokens written over a passage token in HTML; more are counted
-FAINT = 'style="opacity: 0.6"'
+FAINT = "opacity: 0.55"
+GAP = "⋯"  # stands for columns that are left out
 
 
 class Match(NamedTuple):
@@ -35,20 +39,45 @@ class Match(NamedTuple):
     position: int
 
 
+class Token(NamedTuple):
+    """A token: the piece of text that it stands for, or its name if it is special; where that lies in the text."""
+
+    text: str
+    span: tuple[int, int]  # of no width where the token is special
+    continues: bool  # the word that the token before it began
+
+    @property
+    def label(self) -> str:
+        """As word pieces are written: ## before what goes on with a word."""
+        return f"##{self.text}" if self.continues else self.text
+
+    @property
+    def is_special(self) -> bool:
+        return self.span[0] == self.span[1]
+
+
 @dataclass(repr=False)
 class Explanation:
-    """The similarities behind one score. A token is the piece of text it stands for, or its name if it is special.
+    """The similarities behind one score.
 
-    query_tokens (Lq), passage_tokens (Ld) and spans (Ld): where each lies in `passage`, empty for special tokens;
-    is_fill (Lq,): true at the [MASK] fill; similarity (Lq, Ld) fp32.
+    query (Lq) and tokens (Ld) of the passage; is_fill (Lq,): true at the [MASK] fill; similarity (Lq, Ld) fp32.
     """
 
     passage: str
-    query_tokens: list[str]
-    passage_tokens: list[str]
-    spans: list[tuple[int, int]]
+    query: list[Token]
+    tokens: list[Token]
     is_fill: np.ndarray
     similarity: np.ndarray
+
+    @property
+    def query_tokens(self) -> list[str]:
+        """What the query's tokens stand for."""
+        return [token.text for token in self.query]
+
+    @property
+    def passage_tokens(self) -> list[str]:
+        """What the passage's tokens stand for."""
+        return [token.text for token in self.tokens]
 
     @property
     def score(self) -> float:
@@ -59,8 +88,8 @@ class Explanation:
         """What each query token matched, in the order of the query."""
         best = self.similarity.argmax(1).tolist()
         return [
-            Match(token, self.passage_tokens[at], float(row[at]), at)
-            for token, at, row in zip(self.query_tokens, best, self.similarity, strict=True)
+            Match(token.text, self.tokens[at].text, float(row[at]), at)
+            for token, at, row in zip(self.query, best, self.similarity, strict=True)
         ]
 
     def __repr__(self) -> str:
@@ -68,96 +97,124 @@ class Explanation:
         words = f"score {self.score:.2f} = {best[~self.is_fill].sum():.2f} from {len(best) - n_fill} tokens"
         return words + (f" + {best[self.is_fill].sum():.2f} from {n_fill} [MASK]" if n_fill else "")
 
+    def _words(self) -> list[tuple[Token, Match]]:
+        """Tokens and matches of the query without its fill."""
+        pairs = zip(self.query, self.matches(), self.is_fill, strict=True)
+        return [(token, match) for token, match, is_fill in pairs if not is_fill]
+
+    # ------------------------------------------------------------------------------------------------------------ HTML
+
     def _repr_html_(self) -> str:
-        """The query, each token with its similarity; the passage, over its tokens those that matched them."""
-        words = [match for match, is_fill in zip(self.matches(), self.is_fill, strict=True) if not is_fill]
-        fill = np.bincount(self.similarity[self.is_fill].argmax(1), minlength=len(self.spans))  # (Ld,)
-        query = " ".join(
-            f'<span style="{shade(match.similarity)}">{html.escape(match.query_token)}</span>'
-            f"<sub {FAINT}>{match.similarity:.2f}</sub>"
-            for match in words
-        )
-        passage, end = [], 0
-        for (start, stop), group in itertools.groupby(range(len(self.spans)), lambda at: self.spans[at]):
+        """The query, each token with its similarity; the passage, over its tokens those that matched them; a legend."""
+        words = self._words()
+        fill = np.bincount(self.similarity[self.is_fill].argmax(1), minlength=len(self.tokens))  # (Ld,)
+        query = " ".join(chip(token, match.similarity) for token, match in words)
+        passage, end, spans = [], 0, [token.span for token in self.tokens]
+        for (start, stop), group in itertools.groupby(range(len(spans)), spans.__getitem__):
             passage.append(html.escape(self.passage[end:start]))
             end = stop
             group = list(group)  # tokens of one place are pieces of one character; special tokens have none
             for ats in [group] if stop > start else [[at] for at in group]:
-                text = self.passage[start:stop] or self.passage_tokens[ats[0]]
-                found = [match for match in words if match.position in ats]
+                text = self.passage[start:stop] or self.tokens[ats[0]].text
+                found = [(token, match.similarity) for token, match in words if match.position in ats]
                 passage.append(annotate(text, found, int(fill[ats].sum()), special=start == stop))
-        cut = f'<span {FAINT} title="the model does not read this far">{html.escape(self.passage[end:])}</span>'
-        style = "max-width: 60em; line-height: 2.4; font-family: sans-serif"
-        return f'<div style="{style}"><b>{self!r}</b><br>{query}<hr>{"".join(passage)}{cut}</div>'
+        cut = f'<span style="{FAINT}" title="the model does not read this far">{html.escape(self.passage[end:])}</span>'
+        style = "max-width: 60em; line-height: 2.6; font-family: sans-serif"
+        head, foot = f"<b>{self!r}</b><br>{query}", legend(bool(self.is_fill.any()))
+        return f'<div style="{style}">{head}<hr>{"".join(passage)}{cut}<hr>{foot}</div>'
 
-    def heatmap(self) -> Figure:
+    # --------------------------------------------------------------------------------------------------------- heatmap
+
+    def heatmap(self, columns: int = COLUMNS) -> "Figure":
         """Similarities of query tokens (rows) and passage tokens (columns); the [MASK] fill is one grey row of means.
 
         Beside each row stands its highest similarity, which is framed. Numbers in the grey row: how many [MASK] have
-        their highest similarity there.
+        their highest similarity there. A passage of more than `columns` tokens is shown by those that matter: what was
+        matched, then what is most similar; "⋯" stands for the rest.
         """
+        from matplotlib.figure import Figure  # takes half a second, and HTML needs none
+        from matplotlib.patches import Rectangle
+
         words, fill = self.similarity[~self.is_fill], self.similarity[self.is_fill]  # (n, Ld), (Lq - n, Ld)
-        tokens = [token for token, is_fill in zip(self.query_tokens, self.is_fill, strict=True) if not is_fill]
-        labels = [f"{token}  {best:.2f}" for token, best in zip(tokens, words.max(1), strict=True)]
+        labels = [f"{token.label}  {match.similarity:.2f}" for token, match in self._words()]
         if len(fill):
             labels.append(f"{len(fill)} [MASK]  {fill.max(1).sum():.2f}")
-        Lq, Ld = len(labels), len(self.passage_tokens)
-        n_panels = -(-Ld // COLUMNS)
-        width = -(-Ld // n_panels)  # columns of a panel
-        height = n_panels * (Lq * CELL + 1)
-        figure = Figure(figsize=(width * CELL + 2, height), layout="constrained")
-        figure.suptitle(repr(self))
-        for panel, axes in enumerate(figure.subplots(n_panels, squeeze=False)[:, 0]):
-            columns = range(panel * width, min(Ld, (panel + 1) * width))
-            edges = (columns.start - 0.5, columns.stop - 0.5)
-            scale = {"vmin": 0, "vmax": 1, "aspect": "equal"}
-            axes.imshow(words[:, columns], cmap="Blues", extent=(*edges, len(tokens) - 0.5, -0.5), **scale)
-            for row, at in enumerate(words.argmax(1)):
-                if at in columns:
-                    frame = Rectangle((at - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="darkorange", lw=2)
-                    axes.add_patch(frame).set_clip_on(False)
-            if len(fill):
-                mean = fill.mean(0, keepdims=True)[:, columns]
-                axes.imshow(mean, cmap="Greys", extent=(*edges, Lq - 0.5, Lq - 1.5), **scale)
-                for at, n in zip(*np.unique(fill.argmax(1), return_counts=True), strict=True):
-                    if at in columns:
-                        axes.text(at, Lq - 1, n, ha="center", va="center", fontsize=9)
-            axes.set(xlim=(columns.start - 0.5, columns.start + width - 0.5), ylim=(Lq - 0.5, -0.5))
-            style = {"fontsize": 9, "parse_math": False}  # a "$" is a "$"
-            axes.set_xticks(columns, [self.passage_tokens[at] for at in columns], rotation=90, **style)
-            axes.set_yticks(range(Lq), labels, **style)
-            axes.xaxis.tick_top()
-            axes.tick_params(length=0)
-            axes.spines[:].set_visible(False)
+        shown = self._columns(columns)  # positions, -1 for a gap
+        place = {at: column for column, at in enumerate(shown) if at >= 0}
+        width, height = len(shown), len(labels)
+        longest = max((len(self.tokens[at].label) for at in place), default=0)
+        figure = Figure(figsize=(width * CELL + 3.2, (height + 3) * CELL + 0.08 * longest), layout="constrained")
+        axes = figure.subplots()
+        scale = {"vmin": 0, "vmax": max(1.0, float(self.similarity.max())), "aspect": "equal"}
+        image = axes.imshow(
+            pick(words, shown), cmap="Blues", extent=(-0.5, width - 0.5, len(words) - 0.5, -0.5), **scale
+        )
+        for row, at in enumerate(words.argmax(1).tolist()):
+            frame = Rectangle((place[at] - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="darkorange", lw=2)
+            axes.add_patch(frame).set_clip_on(False)
+        if len(fill):
+            mean = pick(fill.mean(0, keepdims=True), shown)
+            axes.imshow(mean, cmap="Greys", extent=(-0.5, width - 0.5, height - 0.5, height - 1.5), **scale)
+            for at, n in zip(*np.unique(fill.argmax(1), return_counts=True), strict=True):
+                axes.text(place[int(at)], height - 1, n, ha="center", va="center", fontsize=9)
+        axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+        style = {"fontsize": 9, "parse_math": False}  # a "$" is a "$"
+        axes.set_xticks(range(width), [self.tokens[at].label if at >= 0 else GAP for at in shown], rotation=90, **style)
+        axes.set_yticks(range(height), labels, **style)
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        figure.suptitle(repr(self), fontsize=10)
+        bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, label="similarity (grey row: mean of the fill)")
+        bar.outline.set_visible(False)
         return figure
 
+    def _columns(self, n: int) -> list[int]:
+        """Positions of the tokens that a heatmap of n columns shows, in order; -1 where some are left out."""
+        Ld = len(self.tokens)
+        if Ld <= n:
+            return list(range(Ld))
+        chosen = set(self.similarity.argmax(1).tolist())
+        best = self.similarity[~self.is_fill].max(0, initial=0.0)
+        for at in np.argsort(-best, kind="stable").tolist():
+            if len(with_gaps(chosen | {at}, Ld)) <= n:
+                chosen.add(at)
+        return with_gaps(chosen, Ld)
 
-def explain(model: ColBERT, query: str, passage: str) -> Explanation:
-    """Explain `model.score([query], [passage])`: the embeddings and the sum are the same."""
-    config, queries, passages = model.config, model.encode_queries([query]), model.encode_passages([passage])
+
+def explain(model, query: str, passage) -> Explanation:
+    """Explain `model.score([query], [passage])`: the embeddings and the sum are the same.
+
+    model: a ColBERT. passage: a text, or a Hit of Searcher. Raises InputError for a hit without a text.
+    """
+    text = passage if isinstance(passage, str) else passage.text
+    if text is None:
+        raise InputError(f"passage {passage.pid}: its text is not at hand: give the text itself, or Searcher the collection's file")
+    config, queries, passages = model.config, model.encode_queries([query]), model.encode_passages([text])
     scored = queries[0].any(-1)  # (Lq,) not where the query is padded
-    (query,), (passage,) = (
+    (query,), (text,) = (
         prepare_texts([query], "query", config.texts()),
-        prepare_texts([passage], "passage", config.texts()),
+        prepare_texts([text], "passage", config.texts()),
     )
     ids, _ = model.frame_queries(*tokenize(model.backend, [query], config.pieces("query") + FRAME))
-    query_tokens, _ = spell(model, query, ids[0].tolist(), "query")
+    query_tokens = spell(model, query, ids[0].tolist(), "query")
     is_fill = (ids[0] == config.mask_token_id).numpy()  # no text holds that id
-    ids, mask = model.frame_passages(*tokenize(model.backend, [passage], config.pieces("passage") + FRAME))
-    tokens, spans = spell(model, passage, ids[0].tolist(), "passage")
-    kept = model.kept(ids, mask)[0].nonzero()[:, 0].tolist()
+    ids, mask = model.frame_passages(*tokenize(model.backend, [text], config.pieces("passage") + FRAME))
+    tokens = spell(model, text, ids[0].tolist(), "passage")
     return Explanation(
-        passage,
-        [query_tokens[at] for at in range(len(query_tokens)) if scored[at]],
-        [tokens[at] for at in kept],
-        [spans[at] for at in kept],
+        text,
+        [token for token, is_scored in zip(query_tokens, scored.tolist(), strict=False) if is_scored],
+        [tokens[at] for at in model.kept(ids, mask)[0].nonzero()[:, 0].tolist()],
         is_fill[scored[: len(is_fill)].numpy()],
         (queries[0][scored] @ passages[0].float().T).numpy(),
     )
 
 
-def spell(model: ColBERT, text: str, ids: list[int], kind: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """The piece of text that each framed token stands for and where it lies; special tokens by name, at no width."""
+# ----------------------------------------------------------------------------------------------------------- to tokens
+
+
+def spell(model, text: str, ids: list[int], kind: str) -> list[Token]:
+    """The piece of text that each framed token stands for; special tokens by name."""
     offsets = model.backend.encode(text, add_special_tokens=False).offsets
     n = model.config.pieces(kind)
     spans = [trim(text, *span) for span in offsets[:n]]
@@ -168,7 +225,27 @@ def spell(model: ColBERT, text: str, ids: list[int], kind: str) -> tuple[list[st
     n_head = len(model.config.frame(kind)[0])
     spans = [(0, 0)] * n_head + spans + [(end, end)] * (len(ids) - len(spans) - n_head)
     names = model.tokenizer.convert_ids_to_tokens(ids)
-    return [text[slice(*span)] or name for span, name in zip(spans, names, strict=True)], spans
+    before = [(0, 0), *spans]
+    return [
+        Token(text[slice(*span)] or name, span, goes_on(name, text, *before[at], *span))
+        for at, (span, name) in enumerate(zip(spans, names, strict=True))
+    ]
+
+
+def goes_on(name: str, text: str, start: int, stop: int, first: int, end: int) -> bool:
+    """Whether the token at text[first:end] goes on with the word of the one before it, at text[start:stop].
+
+    WordPiece says so by ##; other tokenizers mark the beginnings of words.
+    """
+    if name.startswith("##"):
+        return True
+    is_inside = start < stop == first < end and text[stop - 1].isalnum() and text[first].isalnum()
+    return is_inside and not name.startswith(("▁", "Ġ")) and not is_ideograph(text[first])
+
+
+def is_ideograph(letter: str) -> bool:
+    """Whether each letter of the script is a word to WordPiece."""
+    return "\u2e80" <= letter <= "\u9fff"
 
 
 def trim(text: str, start: int, stop: int) -> tuple[int, int]:
@@ -178,22 +255,70 @@ def trim(text: str, start: int, stop: int) -> tuple[int, int]:
     return start, max(start, stop - len(piece) + len(piece.rstrip()))
 
 
-def annotate(text: str, found: list[Match], n_fill: int, special: bool) -> str:
+# ----------------------------------------------------------------------------------------------------------- to figures
+
+
+def with_gaps(chosen: set[int], n: int) -> list[int]:
+    """Chosen positions among n in order, and -1 where some between them, or at the end, are left out."""
+    shown, end = [], 0
+    for at in sorted(chosen):
+        shown += [-1] * (at > end) + [at]
+        end = at + 1
+    return shown + [-1] * (end < n)
+
+
+def pick(similarity: np.ndarray, shown: list[int]) -> np.ma.MaskedArray:
+    """Columns (n, len(shown)) of similarities (n, Ld), nothing at a gap."""
+    is_gap = np.broadcast_to(np.array(shown) < 0, (len(similarity), len(shown)))
+    return np.ma.array(similarity[:, shown], mask=is_gap)
+
+
+# -------------------------------------------------------------------------------------------------------------- to HTML
+
+
+def chip(token: Token, similarity: float) -> str:
+    """A query token with its highest similarity; pale if it is special."""
+    style = shade(similarity) + (f"; {FAINT}" if token.is_special else "")
+    name = f'<span style="{style}">{html.escape(token.label)}</span>'
+    return f'{name}<sub style="{FAINT}; margin-right: 0.4em">{similarity:.2f}</sub>'
+
+
+def annotate(text: str, found: list[tuple[Token, float]], n_fill: int, special: bool) -> str:
     """A piece of the passage as HTML: shaded by its highest similarity, under the query tokens that matched it.
 
     Dots under it: [MASK] matched it. All of it with numbers where the pointer rests.
     """
     piece = html.escape(text)
     if found:
-        names = [html.escape(match.query_token) for match in found]
-        over = " ".join(names[:NAMES]) + (f" +{len(names) - NAMES}" if len(names) > NAMES else "")
-        style = shade(max(match.similarity for match in found))
-        piece = f'<ruby style="{style}">{piece}<rt style="font-size: 65%">{over}</rt></ruby>'
-    title = [f"{match.query_token} {match.similarity:.2f}" for match in found] + [f"{n_fill} [MASK]"] * (n_fill > 0)
+        words = sorted(found, key=lambda pair: pair[0].is_special)  # they tell more than [CLS] and the like
+        names = [over(token) for token, _ in words[:NAMES]] + [f"+{len(words) - NAMES}"] * (len(words) > NAMES)
+        style = shade(max(similarity for _, similarity in found))
+        rt = f'<rt style="font-size: 65%">&nbsp;{" · ".join(names)}&nbsp;</rt>'
+        piece = f'<ruby style="{style}; margin: 0 1px">{piece}{rt}</ruby>'
+    title = [f"{token.text} {similarity:.2f}" for token, similarity in found] + [f"{n_fill} [MASK]"] * (n_fill > 0)
     if title:
         line = "border-bottom: 2px dotted gray" if n_fill else ""
         piece = f'<span title="{html.escape(", ".join(title))}" style="{line}">{piece}</span>'
-    return f"<small {FAINT}> {piece} </small>" if special else piece
+    return f'<small style="{FAINT}"> {piece} </small>' if special else piece
+
+
+def over(token: Token) -> str:
+    """A query token as it stands over what it matched."""
+    name = html.escape(token.label)
+    return f'<span style="{FAINT}">{name}</span>' if token.is_special else name
+
+
+def legend(has_fill: bool) -> str:
+    """What colours, small print and dots mean, in one line."""
+    scale = " ".join(f'<span style="{shade(level)}">{level:g}</span>' for level in (0.25, 0.5, 0.75, 1.0))
+    parts = [
+        f"similarity {scale}",
+        "above a token: the query tokens that matched it",
+        "pale: special tokens, text not read",
+    ]
+    if has_fill:
+        parts.insert(2, '<span style="border-bottom: 2px dotted gray">dots</span>: the [MASK] fill matched it')
+    return f'<small style="opacity: 0.75">{" &nbsp;|&nbsp; ".join(parts)}</small>'
 
 
 def shade(similarity: float) -> str:

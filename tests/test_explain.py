@@ -1,17 +1,24 @@
 """explain: its rows and its sum against plain loops and `score`; its pictures by what they hold."""
 
 import io
+import itertools
+import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from matplotlib.patches import Rectangle
 from test_model import modernbert, train_tokenizer, xlm_roberta
 
 import model as model_module
 from model import ColBERT
-from nanocolbert.explain import COLUMNS, explain
+from nanocolbert.cli import InputError
+from nanocolbert.explain import COLUMNS, GAP, explain
+from retrieve import Hit
 
 QUERY = "find the $old$ boat, and <b>drums</b>?"
 PASSAGES = [
@@ -40,7 +47,7 @@ def test_rows_are_the_loop_and_sum_to_the_score(colbert, passage):
     found = explain(colbert, QUERY, passage)
     query, tokens = colbert.encode_queries([QUERY])[0].tolist(), found.passage_tokens
     stored = colbert.encode_passages([passage])[0].float().tolist()
-    assert len(found.matches()) == 32 and len(stored) == len(tokens) == len(found.spans)
+    assert len(found.matches()) == 32 and len(stored) == len(tokens) == len(found.tokens)
     for q, match in zip(query, found.matches(), strict=True):
         similarities = [sum(a * b for a, b in zip(q, d, strict=True)) for d in stored]
         assert match.similarity == pytest.approx(max(similarities), abs=1e-5)
@@ -60,14 +67,16 @@ def test_tokens_are_pieces_of_the_texts(colbert):
     assert found.query_tokens[13:] == ["[MASK]"] * 19 and found.is_fill.tolist() == [False] * 13 + [True] * 19
     assert found.passage_tokens[:4] == ["[CLS]", "[D]", "A", "flute"] and found.passage_tokens[-1] == "[SEP]"
     assert "".join(found.passage_tokens[4:-1]) == "SEPfloats"  # brackets and the semicolon are dropped
-    for token, (start, stop) in zip(found.passage_tokens[2:-1], found.spans[2:-1], strict=True):
-        assert found.passage[start:stop] == token
-    assert found.spans[:2] == [(0, 0)] * 2 and found.spans[-1] == (len(found.passage),) * 2
+    assert all(found.passage[slice(*token.span)] == token.text for token in found.tokens[2:-1])
+    assert [token.span for token in found.tokens[:2]] == [(0, 0)] * 2
+    assert found.tokens[-1].span == (len(found.passage),) * 2
+    assert [token.label for token in found.query[6:10]] == ["[", "M", "##A", "##S"]
+    assert all(token.is_special == token.text.startswith("[") for token in found.tokens)
 
 
 def test_what_the_model_does_not_read_is_told_apart(colbert):
     found = explain(colbert, QUERY, "house " * 600)
-    assert found.spans[-1] == (177 * 6 - 1,) * 2
+    assert found.tokens[-1].span == (177 * 6 - 1,) * 2
     shown = Page(found)
     assert shown.unread == " house" * 423 + " " and shown.text == found.passage
     assert Page(explain(colbert, QUERY, "house " * 177)).unread == ""
@@ -77,7 +86,7 @@ def test_how_a_user_pads_and_cuts_is_of_no_matter(colbert):
     expected = explain(colbert, QUERY, "house " * 600)
     colbert.tokenizer(["boat " * 9], padding="max_length", truncation=True, max_length=5)
     found = explain(colbert, QUERY, "house " * 600)
-    assert found.spans == expected.spans and found.query_tokens == expected.query_tokens
+    assert found.tokens == expected.tokens and found.query == expected.query
     assert np.array_equal(found.similarity, expected.similarity)
 
 
@@ -88,10 +97,10 @@ class Page(HTMLParser):
         super().__init__()
         self.text, self.unread, self.titles, self.over, self.open = "", "", [], [], []
         page = found._repr_html_()
-        self.query, passage = page.split("<hr>")
+        self.query, passage, foot = page.split("<hr>")
         self.feed(passage)
         self.close()
-        assert self.open == [] and page.startswith("<div") and passage.endswith("</div>")
+        assert self.open == [] and page.startswith("<div") and foot.endswith("</div>")
         self.open = None
 
     def handle_starttag(self, tag, attributes):
@@ -127,28 +136,66 @@ def test_html_shows_the_passage_as_it_is(colbert, passage):
 
 @pytest.mark.filterwarnings("ignore:Glyph")
 @pytest.mark.parametrize("passage", PASSAGES)
-def test_heatmap_shows_every_token(colbert, passage):
+@pytest.mark.parametrize("columns", (40, 8))
+def test_heatmap_shows_what_matters(colbert, passage, columns):
     found = explain(colbert, QUERY, passage)
-    figure = found.heatmap()
-    labels = [label.get_text() for axes in figure.axes for label in axes.get_xticklabels()]
-    assert labels == found.passage_tokens
-    n_words = int((~found.is_fill).sum())
-    assert len(figure.axes) == -(-len(labels) // COLUMNS)
-    frames = [(patch.get_y(), patch.get_x()) for axes in figure.axes for patch in axes.patches]
-    assert all(isinstance(patch, Rectangle) for axes in figure.axes for patch in axes.patches)
-    assert sorted(frames) == [(row - 0.5, match.position - 0.5) for row, match in enumerate(found.matches()[:n_words])]
-    assert sum(int(text.get_text()) for axes in figure.axes for text in axes.texts) == 32 - n_words
-    shown = np.concatenate([axes.images[0].get_array() for axes in figure.axes], axis=1)
-    assert np.array_equal(shown, found.similarity[:n_words])
+    figure = found.heatmap(columns)
+    axes = figure.axes[0]  # the other one is the colour bar
+    shown, n_words = found._columns(columns), int((~found.is_fill).sum())
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == [found.tokens[at].label if at >= 0 else GAP for at in shown]
+    positions = [at for at in shown if at >= 0]
+    assert {match.position for match in found.matches()} <= set(positions)
+    if len(found.tokens) <= columns:
+        assert positions == list(range(len(found.tokens)))
+    frames = [(patch.get_y() + 0.5, shown[round(patch.get_x() + 0.5)]) for patch in axes.patches]
+    assert all(isinstance(patch, Rectangle) for patch in axes.patches)
+    assert sorted(frames) == [(row, match.position) for row, match in enumerate(found.matches()[:n_words])]
+    assert sum(int(text.get_text()) for text in axes.texts) == 32 - n_words
+    drawn = axes.images[0].get_array()
+    assert np.array_equal(drawn[:, np.array(shown) >= 0], found.similarity[:n_words][:, positions])
+    assert np.ma.getmaskarray(drawn).all(0).tolist() == [at < 0 for at in shown]
     picture = io.BytesIO()
     figure.savefig(picture, dpi=40)
     assert picture.getvalue()[:4] == b"\x89PNG"
 
 
+def test_of_a_long_passage_the_heatmap_leaves_out_what_is_least_similar(colbert):
+    found = explain(colbert, QUERY, "house " * 60 + "boat " + "flute drum " * 40)
+    shown = found._columns(COLUMNS)
+    assert len(shown) <= max(COLUMNS, 2 * len({match.position for match in found.matches()}) + 1) < len(found.tokens)
+    assert all(before >= 0 or at >= 0 for before, at in itertools.pairwise(shown))
+    assert [at for at in shown if at >= 0] == sorted({at for at in shown if at >= 0})
+
+
+def test_a_hit_is_explained_by_its_text(colbert):
+    hit = Hit("p1", 1.0, "The old boat")
+    assert np.array_equal(explain(colbert, QUERY, hit).similarity, explain(colbert, QUERY, hit.text).similarity)
+    with pytest.raises(InputError, match="p1: its text is not at hand"):
+        explain(colbert, QUERY, hit._replace(text=None))
+
+
+def test_it_takes_no_matplotlib_to_import():
+    code = "import sys, nanocolbert.explain; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_html_has_a_legend_and_pale_special_tokens(colbert):
+    page = explain(colbert, QUERY, PASSAGES[0])._repr_html_()
+    query, _, foot = page.split("<hr>")
+    assert (
+        "similarity" in foot
+        and "[MASK]" in foot
+        and "[MASK]" not in explain(colbert, "drum " * 40, "boat")._repr_html_()
+    )
+    pale = re.findall(r'<span style="[^"]*opacity[^"]*">([^<]*)</span>', query)
+    assert pale == ["[CLS]", "[Q]", "[SEP]"]
+
+
 def test_a_query_without_fill(colbert):
     found = explain(colbert, "drum " * 40, "boat")
     assert not found.is_fill.any() and "[MASK]" not in repr(found) + found._repr_html_()
-    assert not any(axes.texts for axes in found.heatmap().axes)
+    assert not found.heatmap().axes[0].texts
 
 
 @pytest.mark.parametrize("build, kind", [(modernbert, "bpe"), (xlm_roberta, "unigram")])
@@ -163,6 +210,6 @@ def test_other_tokenizers(build, kind, tmp_path):
         found = explain(colbert, "find the eagle", passage)
         assert found.score == pytest.approx(colbert.score(["find the eagle"], [passage]).item(), abs=1e-4)
         assert Page(found).text == passage
-        for token, (start, stop) in zip(found.passage_tokens, found.spans, strict=True):
+        for token, (start, stop), _ in found.tokens:
             if stop > start:
                 assert token == passage[start:stop] == token.strip()

@@ -6,6 +6,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 from retrieve import Searcher
 
@@ -77,6 +78,17 @@ def test_explanation(outputs):
     assert score == pytest.approx(float(hits[0].split()[0]), abs=0.05)
     assert len(shown_by(outputs, "for match in")["text"].splitlines()) == 12
     assert len(shown_by(outputs, "explanation.heatmap")["image/png"]) > 5000
+
+
+def test_before_the_demo_has_run_it_says_what_makes_its_model(tmp_path, monkeypatch):
+    notebook = nbformat.read(PATH, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "code"][:1]
+    for name in ("COLBERT_DEMO", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    with pytest.raises(CellExecutionError, match=r"SystemExit: no model in \S+: make it by `bash scripts/run_colbert"):
+        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(PATH.parent)}}).execute()
+    command = re.search("`bash (.*) (.*)`", "".join(cell.source for cell in notebook.cells))
+    assert all((ROOT / name).is_file() for name in command.groups())
 
 
 def test_as_committed_it_is_small_and_of_no_machine():
