@@ -23,8 +23,9 @@ import torch
 import transformers
 from measure import DATA, REPO, add_results_flag, hardware, matmul_gflops, spread, status_bytes, timed, write_result
 
+from nanocolbert.index.knobs import Depths, depths_for
 from nanocolbert.storage.tsv import read_queries
-from retrieve import Searcher, default_rerank_depth
+from retrieve import Searcher
 
 BATCH = 32
 WARM_UP = 3  # queries
@@ -34,9 +35,9 @@ def open_reference(index_dir, searcher: Searcher) -> tuple[reference.Retriever, 
     """The reference's retriever on the same files, and the MB of memory it holds."""
     before = status_bytes("RssAnon")
     index = faiss.read_index(str(index_dir / "faiss.index"))
-    lengths = np.diff(searcher.embeddings.offsets)
+    embeddings = searcher.index.embeddings
     doc_maxlen = searcher.model.config.doc_maxlen
-    retriever = reference.Retriever(index, searcher.embeddings.values, lengths, doc_maxlen)
+    retriever = reference.Retriever(index, embeddings.values, np.diff(embeddings.offsets), doc_maxlen)
     return retriever, (status_bytes("RssAnon") - before) / 1e6
 
 
@@ -60,34 +61,33 @@ def main(args):
     texts = list(read_queries(args.queries).values())
     texts = [texts[i] for i in np.linspace(0, len(texts) - 1, min(args.n_queries, len(texts))).astype(int)]
     queries = searcher.encode(texts)  # (Q, Lq, D)
-    exact, exact_seconds = timed(searcher.exact, queries, 10)
+    ours = searcher.index
+    exact, exact_seconds = timed(ours.rank, queries, None, 10)
     truth = [rows for rows, _ in exact]
     holds = {"ours": (status_bytes("RssAnon") - before) / 1e6}
     retriever, holds["reference"] = open_reference(args.index_dir, searcher)
-    everything = len(searcher.embeddings)
-    best = args.rerank_depth or default_rerank_depth(args.k)
+    best = args.rerank_depth or depths_for("default", args.k).rerank_depth
 
     def search(batch, rerank_depth=best):
-        rows = searcher.candidates(batch, args.nprobe, args.faiss_depth, rerank_depth)
-        return searcher.rerank(batch, rows, args.k)
+        return ours.search(batch, args.k, Depths(args.nprobe, args.faiss_depth, rerank_depth))
 
     ways = {
         "reference": lambda i: retriever.search(queries[i], args.k, args.nprobe, args.faiss_depth),
-        "ours_all": lambda i: search(queries[i : i + 1], everything)[0],
+        "ours_all": lambda i: search(queries[i : i + 1], len(ours))[0],
         "ours": lambda i: search(queries[i : i + 1])[0],
     }
     for run in ways.values():
         for i in range(min(WARM_UP, len(queries))):
             run(i)
     milliseconds, found = {way: [] for way in ways}, {way: [] for way in ways}
-    parts = {way: {} for way in ways}  # where the Searcher's time goes
+    parts = {way: {} for way in ways}  # where the time of ours goes
     for i in range(len(queries)):
         for way, run in ways.items():
-            searcher.seconds = parts[way]  # it adds to what is there
+            ours.clock.seconds = parts[way]  # it adds to what is there
             (rows, _), seconds = timed(run, i)
             milliseconds[way].append(1000 * seconds)
             found[way].append(rows)
-    searcher.seconds = {}
+    ours.clock.seconds = {}
     started = time.perf_counter()
     found["ours_batch"] = [rows for part in queries.split(BATCH) for rows, _ in search(part)]
     milliseconds["ours_batch"] = [1000 * (time.perf_counter() - started) / len(queries)]
@@ -112,7 +112,7 @@ def main(args):
             f"{rows[-1]['speed_ratio']} x {rows[-1]['parts_ms'] or ''}"
         )
     Lq, D = queries.shape[1:]
-    gflops = 2 * queries.numel() * len(searcher.embeddings.values) / exact_seconds / 1e9
+    gflops = 2 * queries.numel() * len(ours.embeddings.values) / exact_seconds / 1e9
     roof = matmul_gflops(torch.float32)
     print(f"exact search runs at {gflops:.1f} of {roof:.1f} GFLOP/s (fp32)")
     print(f"memory held: reference {holds['reference']:.0f} MB, ours {holds['ours']:.0f} MB with the query encoder")
