@@ -1,4 +1,4 @@
-"""Build an index over all token embeddings: compressed codes (codec.py, search.py), or FAISS IVFPQ (paper, 3.6).
+"""Build an index over all token embeddings: compressed codes, or FAISS IVFPQ (paper, section 3.6).
 
     python build_index.py --embedding_dir embeddings --output_dir index                 # 2 bits a dimension
     python build_index.py --embedding_dir embeddings --output_dir index --keep_vectors  # and an exact last step
@@ -57,17 +57,17 @@ import numpy as np
 import torch
 
 from nanocolbert.compute import default_device
-from nanocolbert.index.codec import MOST_CENTROIDS, PER_CENTROID, Codec, Codes, default_nlist, sample_passages
-from nanocolbert.index.compressed import create
+from nanocolbert.index import ivfpq
+from nanocolbert.index.centroids import MOST_CENTROIDS, PER_CENTROID, default_nlist, sample_passages
+from nanocolbert.index.changes import create
+from nanocolbert.index.codec import Codec, Codes
 from nanocolbert.progress import progress
 from nanocolbert.storage.artifact import check_output_dir, fingerprint, link, publish, read_meta, seen_from, write_meta
 from nanocolbert.storage.ragged import Ids, Ragged, load_npy, neighbours
 
-BLOCK = 1 << 16  # embeddings converted to fp32 and added at a time
 CODES_BLOCK = 1 << 18  # embeddings compressed at a time
 APART = 0.02  # what the length of an embedding may differ from 1 by: fp16, and bf16 before it
 CHANGING = ("segments", "state.json", "state.json.partial", "lock")  # by update_index.py: state.json lists them
-IVFPQ_BITS = 16  # of a sub-quantiser, at most
 
 
 def check_embeddings(embeddings: Ragged, pids: Ids, source_meta: dict, args) -> None:
@@ -117,53 +117,13 @@ def sample_embeddings(embeddings: Ragged, wanted: int, seed: int) -> tuple[np.nd
     return sample, embeddings.lengths(rows)
 
 
-def make_index(dim: int, nlist: int, m: int, nbits: int, seed: int):
-    """An untrained IVFPQ by inner product. The vectors are unit vectors, so l2 ranks alike; inner product needs one
-    look-up table a query where l2 needs one a query and list."""
-    import faiss
-
-    index = faiss.IndexIVFPQ(faiss.IndexFlatIP(dim), dim, nlist, m, nbits, faiss.METRIC_INNER_PRODUCT)
-    seed %= 1 << 31  # it is an int
-    index.cp.seed = seed
-    index.cp.spherical = True
-    index.cp.max_points_per_centroid = 1 << 30  # the sample is ours to choose
-    index.pq.cp.seed = seed
-    return index
-
-
-def fill(index, embeddings: Ragged) -> None:
-    """Add every embedding, in order: faiss's id is the position in embeddings.values."""
-    starts = range(0, len(embeddings.values), BLOCK)
-    for start in progress(starts, desc="add", unit=" blocks"):
-        index.add(embeddings.values[start : start + BLOCK].astype(np.float32))
-
-
-def ivfpq_settings(embeddings: Ragged, args) -> tuple[int, int, int]:
-    """Lists, bytes of a code, and bits of a sub-quantiser. Raises InputError where they cannot be."""
-    n_embeddings, dim = embeddings.values.shape
-    nlist, m = args.nlist or default_nlist(n_embeddings), args.m or 16
-    nbits = args.nbits or min(8, int(math.log2(n_embeddings)))
-    if dim % m:
-        raise InputError(f"--m {m} does not divide the dimension {dim}: give a divisor of {dim}")
-    if nbits > IVFPQ_BITS:
-        raise InputError(f"--nbits {nbits}: give at most {IVFPQ_BITS}")
-    if n_embeddings < max(nlist, 2**nbits):
-        raise InputError(
-            f"{args.embedding_dir}: {n_embeddings} embeddings cannot train {nlist} lists and codebooks of {2**nbits}: "
-            "lower --nlist and --nbits"
-        )
-    return nlist, m, nbits
-
-
 def build_ivfpq(embeddings: Ragged, source_meta: dict, args, partial: Path) -> tuple[dict, dict]:
     """Write faiss.index and links to the embeddings; returns facts for meta.json, and checksums that are known."""
-    import faiss  # the other method needs none
-
     (n_embeddings, dim), (nlist, m, nbits) = embeddings.values.shape, ivfpq_settings(embeddings, args)
-    index = make_index(dim, nlist, m, nbits, args.seed)
-    n_gpus = getattr(faiss, "get_num_gpus", int)() if args.gpu else 0
+    index = ivfpq.make_index(dim, nlist, m, nbits, args.seed)
+    n_gpus = ivfpq.count_gpus() if args.gpu else 0
     if n_gpus:
-        index = faiss.index_cpu_to_all_gpus(index)
+        index = ivfpq.to_gpus(index)
     sample = sample_embeddings(embeddings, args.sample or max(nlist, 2**nbits) * PER_CENTROID, args.seed)[0]
     check_unit(sample, args)
     if len(sample) < max(nlist, 2**nbits):
@@ -173,15 +133,9 @@ def build_ivfpq(embeddings: Ragged, source_meta: dict, args, partial: Path) -> t
     index.train(sample)
     del sample
     train_seconds, clock = time.time() - clock, time.time()
-    fill(index, embeddings)
+    ivfpq.fill(index, embeddings)
     add_seconds = time.time() - clock
-    if n_gpus:
-        index = faiss.index_gpu_to_cpu(index)
-    try:
-        faiss.write_index(index, str(partial / "faiss.index"))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1]
-        raise InputError(f"{args.output_dir}: faiss.index not written ({reason}): free some space") from None
+    imbalance = ivfpq.write(index, partial / "faiss.index", bool(n_gpus), args.output_dir)
     linked = ("values.npy", "offsets.npy", "pids.npy")
     for name in linked:
         link(args.embedding_dir / name, partial / name)
@@ -191,11 +145,16 @@ def build_ivfpq(embeddings: Ragged, source_meta: dict, args, partial: Path) -> t
         "m": m,
         "nbits": nbits,
         "gpus": n_gpus,
-        "imbalance": round(faiss.extract_index_ivf(index).invlists.imbalance_factor(), 3),
+        "imbalance": round(imbalance, 3),
         "bytes_per_embedding": round((partial / "faiss.index").stat().st_size / n_embeddings, 2),
         "train_seconds": round(train_seconds, 2),
         "add_seconds": round(add_seconds, 2),
     }, {name: sums[name] for name in linked if name in sums}
+
+
+def ivfpq_settings(embeddings: Ragged, args) -> tuple[int, int, int]:
+    """Lists, bytes of a code, and bits of a sub-quantiser. Raises InputError where they cannot be."""
+    return ivfpq.settings(embeddings, args.nlist, args.m, args.nbits, args.embedding_dir)
 
 
 def build_codes(embeddings: Ragged, source_meta: dict, args, partial: Path) -> dict:
@@ -278,6 +237,30 @@ def check_flags(args) -> None:
             raise InputError(f"--{name} says nothing to --method {args.method}: leave it out, or give --method {other}")
 
 
+def codes_bytes(folder: Path) -> int:
+    """Bytes of a compressed index, without ids and kept vectors."""
+    files = (path for path in folder.rglob("*.npy") if path.name not in ("vectors.npy", "pids.npy"))
+    return sum(path.stat().st_size for path in files)
+
+
+def made_from(source_meta: dict, args) -> dict:
+    """What the index was made from, for its meta.json: paths as seen from it."""
+    paths = {
+        key: seen_from(args.output_dir, args.embedding_dir.resolve() / source_meta[key])
+        for key in ("model_path", "collection_path")
+        if source_meta.get(key)
+    }
+    return {
+        "method": args.method,
+        "embeddings_fingerprint": source_meta["fingerprint"],
+        "model": source_meta["model"],
+        "model_fingerprint": source_meta["model_fingerprint"],
+        **paths,
+        **{key: source_meta[key] for key in ("tokenizer_fingerprint",) if key in source_meta},
+        **{key: source_meta[key] for key in ("passages", "embeddings", "dim")},
+    }
+
+
 def main(args):
     started = time.time()
     check_flags(args)
@@ -298,24 +281,8 @@ def main(args):
         else:
             facts, known = build_ivfpq(embeddings, source_meta, args, partial)
         if args.method == "codes":
-            files = (path for path in partial.rglob("*.npy") if path.name not in ("vectors.npy", "pids.npy"))
-            size = sum(path.stat().st_size for path in files)
-            facts["bytes_per_embedding"] = round(size / source_meta["embeddings"], 2)
-        paths = {
-            key: seen_from(args.output_dir, args.embedding_dir.resolve() / source_meta[key])
-            for key in ("model_path", "collection_path")
-            if source_meta.get(key)
-        }
-        facts = {
-            "method": args.method,
-            "embeddings_fingerprint": source_meta["fingerprint"],
-            "model": source_meta["model"],
-            "model_fingerprint": source_meta["model_fingerprint"],
-            **paths,
-            **{key: source_meta[key] for key in ("tokenizer_fingerprint",) if key in source_meta},
-            **{key: source_meta[key] for key in ("passages", "embeddings", "dim")},
-            **facts,
-        }
+            facts["bytes_per_embedding"] = round(codes_bytes(partial) / source_meta["embeddings"], 2)
+        facts = {**made_from(source_meta, args), **facts}
         settings = ("method", "nlist", "m", "nbits", "bits", "keep_vectors", "sample", "seed")
         source = fingerprint(source_meta["fingerprint"], *(f"{name} {getattr(args, name)}" for name in settings))
         also = CHANGING if args.method == "codes" else ()

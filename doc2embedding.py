@@ -91,7 +91,8 @@ def layout(model: ColBERT, passages: Ragged, n_passages: int, args, folder: Path
     if not args.bits:
         allocate_npy(folder / "values.npy", np.float16, (total, model.config.dim))
         return
-    from nanocolbert.index.codec import MOST_CENTROIDS, PER_CENTROID, Codec, default_nlist, sample_passages
+    from nanocolbert.index.centroids import MOST_CENTROIDS, PER_CENTROID, default_nlist, sample_passages
+    from nanocolbert.index.codec import Codec
 
     (folder / "codec").mkdir()
     nlist = args.nlist or default_nlist(total, MOST_CENTROIDS)

@@ -1,6 +1,6 @@
 """Add passages to a compressed index, delete passages from it, or compact it; nothing is rebuilt.
 
-    python update_index.py --index_dir index --model model --add more.tsv     # pid, passage
+    python update_index.py --index_dir index --add more.tsv                   # pid, passage
     python update_index.py --index_dir index --delete pids.txt                # one id a line
     python update_index.py --index_dir index --compact                        # one segment, the deleted left out
 
@@ -25,7 +25,9 @@ def parse_args():
     what.add_argument("--add", type=Path, help="collection of new passages: pid, passage (.tsv or .tsv.gz)")
     what.add_argument("--delete", type=Path, help="ids of passages, one a line")
     what.add_argument("--compact", action="store_true", help="make one segment of all, without what was deleted")
-    parser.add_argument("--model", type=Path, help="for --add: the ColBERT model folder that the index was made from")
+    parser.add_argument(
+        "--model", type=Path, help="for --add: the model that the index was made from (default: as the index says)"
+    )
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--verify", action=switch, default=False, help="check the checksums of what is read first")
     parser.add_argument("--cpu", action=switch, default=False, help="use the CPU all the same")
@@ -40,8 +42,10 @@ import transformers
 from model import ColBERT
 from nanocolbert.checkpoints.layouts import model_fingerprint
 from nanocolbert.compute import default_device
-from nanocolbert.index import compressed
+from nanocolbert.index import changes
+from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.storage.artifact import check_file, read_meta, verify
+from nanocolbert.storage.sources import find_model
 from nanocolbert.storage.tsv import batched, check_id, read_id_text, read_lines
 
 PASSAGES = 4096  # embedded and added at a time
@@ -56,7 +60,7 @@ def read_new(path):
         yield number, pid, text
 
 
-def check_new(index: compressed.CompressedIndex, model: ColBERT, path) -> None:
+def check_new(index: CompressedIndex, model: ColBERT, path) -> None:
     """Read a collection through, and raise InputError, naming the line, if a passage cannot be added."""
     for block in batched(read_new(path), PASSAGES):
         numbers, pids, texts = zip(*block, strict=True)
@@ -103,23 +107,22 @@ def main(args):
     if meta["method"] != "codes":
         raise InputError(f"{args.index_dir}: IVFPQ, which is not changed: build it anew, or with --method codes")
     if args.compact:
-        changed = compressed.compact(args.index_dir)
+        changed = changes.compact(args.index_dir)
     elif args.delete:
-        changed = compressed.delete(args.index_dir, *read_pids(args.delete))
+        changed = changes.delete(args.index_dir, *read_pids(args.delete))
     else:
-        if not args.model:
-            raise InputError("--add needs the model that the index was made from: give --model")
-        if model_fingerprint(args.model) != meta["model_fingerprint"]:
-            raise InputError(f"{args.index_dir}: made from another model ({meta['model']}) than {args.model}")
+        folder = args.model or find_model(args.index_dir, meta)
+        if model_fingerprint(folder) != meta["model_fingerprint"]:
+            raise InputError(f"{args.index_dir}: made from another model ({meta['model']}) than {folder}")
         check_file(args.add, "collection: pid, passage")
         if args.verify:
-            verify(args.model)
-        model = ColBERT.from_pretrained(args.model, device="cpu" if args.cpu else default_device())
+            verify(folder)
+        model = ColBERT.from_pretrained(folder, device="cpu" if args.cpu else default_device())
         model.check_tokenizer(args.index_dir, meta)
         # a pipe can be read once only
         check = (lambda index: check_new(index, model, args.add)) if args.add.is_file() else (lambda index: None)
-        changed = compressed.add(args.index_dir, embed(model, args.add), check)
-    index = compressed.CompressedIndex(args.index_dir)
+        changed = changes.add(args.index_dir, embed(model, args.add), check)
+    index = CompressedIndex(args.index_dir)
     return {
         "index_dir": str(args.index_dir),
         "changed": changed,

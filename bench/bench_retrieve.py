@@ -23,8 +23,10 @@ import torch
 import transformers
 from measure import DATA, REPO, add_results_flag, hardware, matmul_gflops, spread, status_bytes, timed, write_result
 
+from nanocolbert.index.clock import Clock
+from nanocolbert.index.knobs import Depths, depths_for
 from nanocolbert.storage.tsv import read_queries
-from retrieve import Searcher, default_rerank_depth
+from retrieve import Searcher
 
 BATCH = 32
 WARM_UP = 3  # queries
@@ -34,9 +36,9 @@ def open_reference(index_dir, searcher: Searcher) -> tuple[reference.Retriever, 
     """The reference's retriever on the same files, and the MB of memory it holds."""
     before = status_bytes("RssAnon")
     index = faiss.read_index(str(index_dir / "faiss.index"))
-    lengths = np.diff(searcher.embeddings.offsets)
+    embeddings = searcher.index.embeddings
     doc_maxlen = searcher.model.config.doc_maxlen
-    retriever = reference.Retriever(index, searcher.embeddings.values, lengths, doc_maxlen)
+    retriever = reference.Retriever(index, embeddings.values, np.diff(embeddings.offsets), doc_maxlen)
     return retriever, (status_bytes("RssAnon") - before) / 1e6
 
 
@@ -49,7 +51,7 @@ def recall(rankings: list, truth: list, k: int = 10) -> float:
     return statistics.mean(shares)
 
 
-def run_in_turn(ways: dict, searcher: Searcher, n_queries: int) -> tuple[dict, dict, dict]:
+def run_in_turn(ways: dict, clock: Clock, n_queries: int) -> tuple[dict, dict, dict]:
     """Search for each query by each way in turn: {way: milliseconds}, {way: rows found}, {way: seconds of parts}."""
     for run in ways.values():
         for i in range(min(WARM_UP, n_queries)):
@@ -58,11 +60,11 @@ def run_in_turn(ways: dict, searcher: Searcher, n_queries: int) -> tuple[dict, d
     parts = {way: {} for way in ways}  # where the Searcher's time goes
     for i in range(n_queries):
         for way, run in ways.items():
-            searcher.seconds = parts[way]  # it adds to what is there
+            clock.seconds = parts[way]  # it adds to what is there
             (rows, _), seconds = timed(run, i)
             milliseconds[way].append(1000 * seconds)
             found[way].append(rows)
-    searcher.seconds = {}
+    clock.seconds = {}
     return milliseconds, found, parts
 
 
@@ -100,30 +102,29 @@ def main(args):
     texts = list(read_queries(args.queries).values())
     texts = [texts[i] for i in np.linspace(0, len(texts) - 1, min(args.n_queries, len(texts))).astype(int)]
     queries = searcher.encode(texts)  # (Q, Lq, D)
-    exact, exact_seconds = timed(searcher.exact, queries, 10)
+    ours = searcher.index
+    exact, exact_seconds = timed(ours.rank, queries, None, 10)
     truth = [rows for rows, _ in exact]
     holds = {"ours": (status_bytes("RssAnon") - before) / 1e6}
     retriever, holds["reference"] = open_reference(args.index_dir, searcher)
-    everything = len(searcher.embeddings)
-    best = args.rerank_depth or default_rerank_depth(args.k)
+    best = args.rerank_depth or depths_for("default", args.k).rerank_depth
 
     def search(batch, rerank_depth=best):
-        rows = searcher.candidates(batch, args.nprobe, args.faiss_depth, rerank_depth)
-        return searcher.rerank(batch, rows, args.k)
+        return ours.search(batch, args.k, Depths(args.nprobe, args.faiss_depth, rerank_depth))
 
     ways = {
         "reference": lambda i: retriever.search(queries[i], args.k, args.nprobe, args.faiss_depth),
-        "ours_all": lambda i: search(queries[i : i + 1], everything)[0],
+        "ours_all": lambda i: search(queries[i : i + 1], len(ours))[0],
         "ours": lambda i: search(queries[i : i + 1])[0],
     }
-    milliseconds, found, parts = run_in_turn(ways, searcher, len(queries))
+    milliseconds, found, parts = run_in_turn(ways, ours.clock, len(queries))
     started = time.perf_counter()
     found["ours_batch"] = [rows for part in queries.split(BATCH) for rows, _ in search(part)]
     milliseconds["ours_batch"] = [1000 * (time.perf_counter() - started) / len(queries)]
     milliseconds["exact"], found["exact"] = [1000 * exact_seconds / len(queries)], truth
     rows = table(milliseconds, found, parts, truth)
     Lq, D = queries.shape[1:]
-    gflops = 2 * queries.numel() * len(searcher.embeddings.values) / exact_seconds / 1e9
+    gflops = 2 * queries.numel() * len(ours.embeddings.values) / exact_seconds / 1e9
     roof = matmul_gflops(torch.float32)
     print(f"exact search runs at {gflops:.1f} of {roof:.1f} GFLOP/s (fp32)")
     print(f"memory held: reference {holds['reference']:.0f} MB, ours {holds['ours']:.0f} MB with the query encoder")

@@ -37,7 +37,7 @@ from peers.search_peer import time_queries
 
 from model import ColBERT
 from nanocolbert.index.compressed import CompressedIndex
-from nanocolbert.index.knobs import effort_for
+from nanocolbert.index.knobs import Depths, effort_for
 from nanocolbert.storage.artifact import read_meta, write_json
 from nanocolbert.storage.checksums import sums_of
 from nanocolbert.storage.ragged import Ragged
@@ -163,21 +163,17 @@ def search(name: str, python: Path, vectors: Path, index: Path, queries: torch.T
 def open_ours(name: str, vectors: Path, index: Path):
     """The search(query, k, setting) of an index of ours, of IVFPQ, or of all vectors."""
     if name == "exact":
-        searcher = Searcher(vectors, device="cpu")
-        return lambda query, k, _: searcher.exact(query[None], k)[0][0]
+        every = Searcher(vectors, device="cpu").index
+        return lambda query, k, _: every.rank(query[None], None, k)[0][0]
     if name != "ivfpq":
         codes = CompressedIndex(index)
-        return lambda query, k, effort: codes.search(query, k, effort_for(effort[0], k, **effort[1]))[0]
+        return lambda query, k, effort: codes.search(query[None], k, effort_for(effort[0], k, **effort[1]))[0][0]
     import faiss
 
     faiss.omp_set_num_threads(1)
-    searcher = Searcher(index, device="cpu")
-    searcher.faiss  # noqa: B018 - opened when first asked for
-
-    def find(query, k, depths):
-        return searcher.rerank(query[None], searcher.candidates(query[None], *depths), k)[0][0]
-
-    return find
+    ivfpq = Searcher(index, device="cpu").index
+    ivfpq.faiss  # noqa: B018 - opened when first asked for
+    return lambda query, k, depths: ivfpq.search(query[None], k, Depths(*depths))[0][0]
 
 
 def table(name: str, built: dict, open_ms: float, rows: np.ndarray, seconds: np.ndarray, truth: list) -> list[dict]:
@@ -227,15 +223,15 @@ def main(args):
                 write_json(facts, build(name, *places[name]))
             built[name] = json.loads(facts.read_text())
             print(name, built[name], flush=True)
-        searcher, found = Searcher(vectors, device="cpu"), {}
-        truth = [rows for rows, _ in searcher.exact(queries, max(KS))]
+        every, found = Searcher(vectors, device="cpu").index, {}
+        truth = [rows for rows, _ in every.rank(queries, None, max(KS))]
         for _ in range(args.rounds):
             for name in names:
                 open_ms, rows, seconds = search(name, *places[name], queries)
                 least = found.get(name, (open_ms, rows, seconds))
                 found[name] = min(open_ms, least[0]), rows, np.minimum(seconds, least[2])
-        n_tokens, dim = searcher.embeddings.values.shape
-        facts = {"passages": len(searcher.embeddings), "tokens": n_tokens, "dim": dim}
+        n_tokens, dim = every.embeddings.values.shape
+        facts = {"passages": len(every), "tokens": n_tokens, "dim": dim}
     rows = [row for name in names for row in table(name, built[name], *found[name], truth)]
     show(rows)
     write_result("search", args, machine, **facts, query_shape=list(queries.shape), rows=rows)

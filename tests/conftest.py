@@ -222,3 +222,17 @@ def index_dir(tmp_path_factory, index_arguments) -> Path:
     folder = tmp_path_factory.mktemp("index") / "index"
     succeed(call_stage("build_index.py", *index_arguments, "--output_dir", folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def codes_dir(tmp_path_factory, embedding_dir) -> Path:
+    """build_index.py over these embeddings: a compressed index."""
+    folder = tmp_path_factory.mktemp("codes") / "index"
+    flags = ["--embedding_dir", embedding_dir, "--nlist", 4, "--bits", 4]
+    succeed(call_stage("build_index.py", *flags, "--output_dir", folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def search_arguments(index_dir, model_dir, toy_dir) -> list:
+    return ["--cpu", "--model", model_dir, "--index_dir", index_dir, "--queries", toy_dir / "queries.tsv", "--k", 15]

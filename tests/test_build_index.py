@@ -7,12 +7,15 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from conftest import call_stage, succeed
+from conftest import call_stage, run_stage_cli, succeed
+from made import change
 
 from build_index import sample_embeddings
-from nanocolbert.index.codec import default_nlist
+from nanocolbert.cli import InputError
+from nanocolbert.index.centroids import default_nlist
 from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.storage.ragged import Ragged
+from retrieve import Searcher
 
 
 def test_index_holds_every_embedding(index_dir, embedding_dir):
@@ -156,3 +159,91 @@ def test_checksums(embedding_dir, index_dir, tmp_path):
     flags = ("--embedding_dir", source, "--output_dir", tmp_path / "other", "--verify")
     done = call_stage("build_index.py", *flags)
     assert done.returncode == 2 and "values.npy: damaged" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- compressed at once
+
+
+def test_meta_says_what_a_token_takes(codes_dir):
+    meta = json.loads((codes_dir / "meta.json").read_text())
+    size = sum(path.stat().st_size for path in codes_dir.rglob("*.npy") if path.name != "pids.npy")
+    assert meta["method"] == "codes" and meta["bytes_per_embedding"] == round(size / meta["embeddings"], 2)
+
+
+@pytest.fixture(scope="module")
+def compressed_dir(tmp_path_factory, embedding_arguments) -> Path:
+    """doc2embedding.py --bits."""
+    folder = tmp_path_factory.mktemp("compressed") / "embeddings"
+    flags = [*embedding_arguments, "--bits", 4, "--nlist", 4, "--output_dir", folder]
+    succeed(run_stage_cli("doc2embedding.py", *flags))
+    return folder
+
+
+def test_compressed_at_once(compressed_dir, codes_dir, model_dir, tmp_path):
+    """No vectors on the disk, and scores like those of vectors compressed later."""
+    assert not (compressed_dir / "values.npy").exists()
+    succeed(call_stage("build_index.py", "--embedding_dir", compressed_dir, "--output_dir", tmp_path / "index"))
+    meta = json.loads((tmp_path / "index" / "meta.json").read_text())
+    assert meta["bits"] == 4 and meta["nlist"] == 4
+    scores = []
+    for folder in (tmp_path / "index", codes_dir):
+        hits = Searcher(folder, model_dir, "cpu").search("red apple", k=1000, exact=True, by_codes=True)
+        scores.append({hit.pid: hit.score for hit in hits})
+    assert scores[0].keys() == scores[1].keys()
+    assert max(abs(scores[0][pid] - scores[1][pid]) for pid in scores[0]) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--method", "ivfpq"), "compressed, without vectors"),
+        (("--keep_vectors",), "compressed, without vectors"),
+        (("--bits", 2), "compressed with 4 bits, 4 centroids"),
+    ],
+)
+def test_refusals_of_compressed_embeddings(compressed_dir, tmp_path, flags, message):
+    done = call_stage("build_index.py", "--embedding_dir", compressed_dir, "--output_dir", tmp_path / "index", *flags)
+    assert done.returncode == 2 and message in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "message"),
+    [
+        ("parts/4.sizes.npy", None, "missing"),
+        ("parts/1.coarse.npy", lambda codes: codes[:-1], "part 1 do not fit"),
+        ("parts/1.sizes.npy", lambda sizes: sizes[:-1], "of shape"),
+        ("parts/1.coarse.npy", lambda codes: np.full_like(codes, 255), "damaged codes"),
+        ("pids.npy", lambda pids: pids[:0], "pids.npy: of shape"),
+        ("codec/centroids.npy", lambda centroids: centroids[:, :-1], "centroids.npy: of shape"),
+    ],
+)
+def test_parts_that_are_not_whole(compressed_dir, tmp_path, name, edit, message):
+    source = shutil.copytree(compressed_dir, tmp_path / "embeddings")
+    meta = json.loads((source / "meta.json").read_text())
+    del meta["files"], meta["checksum"]  # else sizes tell
+    (source / "meta.json").write_text(json.dumps(meta))
+    change(source / name, edit) if edit else (source / name).unlink()
+    done = call_stage("build_index.py", "--embedding_dir", source, "--output_dir", tmp_path / "index")
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["embeddings"]
+
+
+def test_compressed_embeddings_are_not_searched(compressed_dir, model_dir):
+    with pytest.raises(InputError, match="compressed embeddings: run build_index"):
+        Searcher(compressed_dir, model_dir, "cpu")
+
+
+def test_centroids_are_for_compression(embedding_arguments, tmp_path):
+    done = call_stage("doc2embedding.py", *embedding_arguments, "--nlist", 4, "--output_dir", tmp_path / "embeddings")
+    assert done.returncode == 2 and "--nlist says nothing without --bits" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_compression_goes_on(compressed_dir, embedding_arguments, tmp_path):
+    folder = shutil.copytree(compressed_dir, tmp_path / "embeddings")
+    (folder / "meta.json").unlink()
+    (folder / "parts" / "1.json").unlink()
+    (folder / "parts" / "1.fine.npy").write_bytes(b"half")
+    succeed(run_stage_cli("doc2embedding.py", *embedding_arguments, "--bits", 4, "--nlist", 4, "--output_dir", folder))
+    for path in (compressed_dir / "parts").glob("*.npy"):
+        assert path.read_bytes() == (folder / "parts" / path.name).read_bytes()

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_stage_cli, succeed
-from test_codec import NLIST, make_passages, make_query
-from test_compressed import EVERYTHING, block, make_index
+from made import EVERYTHING, NLIST, block, make_index, make_passages, make_query, search_one
 
 from model import ColBERT
 from nanocolbert.encoder.attention import packable
@@ -85,7 +84,7 @@ def test_compressed_index(tmp_path, bits, vectors):
     ours, theirs = GpuIndex(folder, "cuda"), CompressedIndex(folder)
     for seed in range(3):
         query = make_query(20, seed)
-        (rows, scores), (found, found_scores) = (index.search(query, 10, EVERYTHING) for index in (theirs, ours))
+        (rows, scores), (found, found_scores) = (search_one(index, query, 10, EVERYTHING) for index in (theirs, ours))
         assert np.allclose(scores, found_scores, atol=0.1) and len(set(rows) & set(found)) >= 9
 
 

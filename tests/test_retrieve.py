@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+from pathlib import Path
 
 import faiss
 import numpy as np
@@ -13,18 +14,14 @@ from conftest import call_stage, launch_cli, run_stage_cli, succeed
 
 from model import ColBERT
 from nanocolbert.cli import InputError
+from nanocolbert.index.knobs import Depths
 from nanocolbert.storage import runs
 from nanocolbert.storage.artifact import lock
 from nanocolbert.storage.ragged import Ids, Ragged
 from nanocolbert.storage.tsv import read_queries
-from retrieve import Searcher, best_candidates, top
+from retrieve import Searcher
 
 FULL = ("--nprobe", 4, "--faiss_depth", 5000, "--rerank_depth", 40)  # more than there is: FAISS answers with -1
-
-
-@pytest.fixture(scope="session")
-def search_arguments(index_dir, model_dir, toy_dir) -> list:
-    return ["--cpu", "--model", model_dir, "--index_dir", index_dir, "--queries", toy_dir / "queries.tsv", "--k", 15]
 
 
 @pytest.fixture(scope="session")
@@ -150,13 +147,13 @@ def test_equal_passages_are_ranked_in_their_order(model_dir, embedding_dir, tmp_
     flags = ("--method", "ivfpq", "--nlist", 1, "--m", 8, "--nbits", 4)
     succeed(call_stage("build_index.py", "--embedding_dir", source, "--output_dir", tmp_path / "index", *flags))
     searcher = Searcher(tmp_path / "index", model_dir, "cpu")
-    monkeypatch.setattr("retrieve.EXACT_PASSAGES", 7)
-    monkeypatch.setattr("retrieve.EXACT_TOKENS", 5 * len(values))
-    queries = searcher.encode(["red apple", "the sea"])
+    monkeypatch.setattr("nanocolbert.index.exact.EXACT_PASSAGES", 7)
+    monkeypatch.setattr("nanocolbert.index.exact.EXACT_TOKENS", 5 * len(values))
+    queries, index = searcher.encode(["red apple", "the sea"]), searcher.index
     for k in (1, 6, 40):
-        for ranking in (*searcher.exact(queries, k), *searcher.rerank(queries, [np.arange(40)[::-1].copy()] * 2, k)):
+        for ranking in (*index.rank(queries, None, k), *index.rank(queries, [np.arange(40)[::-1].copy()] * 2, k)):
             assert ranking[0].tolist() == list(range(k))
-        rows = searcher.candidates(queries, 1, 10**4, k)
+        rows = index.candidates(queries, Depths(1, 10**4, k))
         assert all(found.tolist() == list(range(k)) for found in rows)
 
 
@@ -242,130 +239,45 @@ def test_refusals(search_arguments, model_dir, tmp_path):
     assert not (tmp_path / "run").exists() and not (tmp_path / "run.partial").exists()
 
 
-def test_best_candidates_against_loops():
-    rng = np.random.default_rng(0)
-    rows = rng.integers(-1, 30, (8, 40))
-    similarities = -np.sort(-rng.random((8, 40)).astype(np.float32), axis=1)
-    rows[:, 35:] = -1  # FAISS pads at the end
-    promise = {}
-    for row in set(rows[rows >= 0].tolist()):
-        promise[row] = 0.0
-        for token in range(8):
-            found = [s for r, s in zip(rows[token], similarities[token], strict=True) if r == row]
-            promise[row] += (
-                max(found) if found else min(s for r, s in zip(rows[token], similarities[token], strict=True) if r >= 0)
-            )
-    for n in (1, 5, 12):
-        expected = sorted(promise, key=promise.get, reverse=True)[:n]
-        assert sorted(best_candidates(rows, similarities, n).tolist()) == sorted(expected)
-    assert sorted(best_candidates(rows, similarities, 99).tolist()) == sorted(promise)
-    assert len(best_candidates(np.full((8, 4), -1), np.zeros((8, 4), np.float32), 3)) == 0
-
-
-def test_top_keeps_the_order_of_the_collection_for_ties():
-    rows, scores = top(np.array([4, 2, 9, 1]), np.array([1.0, 2.0, 2.0, 0.5], np.float32), 3)
-    assert rows.tolist() == [2, 9, 4] and scores.tolist() == [2.0, 2.0, 1.0]
-
-
-def test_searcher_scores_without_a_model(index_dir):
-    searcher = Searcher(index_dir)
-    queries = torch.nn.functional.normalize(torch.randn(3, 32, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
-    everything = [np.arange(40)] * 3
-    for (rows, scores), (exact_rows, exact_scores) in zip(
-        searcher.rerank(queries, everything, 10), searcher.exact(queries, 10), strict=True
-    ):
-        assert rows.tolist() == exact_rows.tolist() and np.allclose(scores, exact_scores, atol=1e-4)
-
-
-# ------------------------------------------------------------------------------------------------------- in a notebook
+# ------------------------------------------------------------------------------------------------- compressed index
 
 
 @pytest.fixture(scope="module")
-def searcher(index_dir) -> Searcher:
-    """As a notebook opens it: the model and the collection are found by themselves."""
-    return Searcher(index_dir)
+def queries_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("queries") / "queries.tsv"
+    path.write_text("q1\tred apple\nq2\tthe sea\n")
+    return path
 
 
-def test_searcher_gives_what_the_command_line_gives(searcher, search_arguments, toy_dir, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    queries, passages = (read_queries(toy_dir / f"{name}.tsv") for name in ("queries", "collection"))
-    for flags, effort in (((), {}), (("--exact",), {"exact": True}), (("--nprobe", 1), {"nprobe": 1})):
-        succeed(call_stage("retrieve.py", *search_arguments, *flags, "--output", tmp_path / "run"))
-        found = searcher.search(list(queries.values()), 15, **effort)
-        expected = read_scores(tmp_path / "run")
-        assert len(found) == len(expected) == 16
-        for hits, (qid, ranking) in zip(found, expected.items(), strict=True):
-            assert [hit.pid for hit in hits] == list(ranking), qid
-            assert np.allclose([hit.score for hit in hits], list(ranking.values()), atol=1e-3)
-            assert [hit.text for hit in hits] == [passages[pid] for pid in ranking]
+def read_rankings(path: Path) -> list[tuple[str, str]]:
+    return [tuple(line.split()[:3:2]) for line in path.read_text().splitlines()]
 
 
-def test_search_of_one_text_of_several_and_of_none(searcher):
-    hits = searcher.search("find the boat", 3)
-    assert len(hits) == 3 and hits[0].score >= hits[1].score >= hits[2].score
-    both = searcher.search(["find the boat", ""], 3)
-    assert [hit.pid for hit in both[0]] == [hit.pid for hit in hits] and len(both[1]) == 3
-    assert searcher.search([]) == [] and len(searcher.search("drum")) == 10 and len(searcher.search("drum", 99)) == 40
-    assert len(searcher.search(["drum"] * 70, 1)) == 70  # more than a batch
-    for k in (0, -1):
-        with pytest.raises(InputError, match="ask for at least one passage"):
-            searcher.search("drum", k)
-    with pytest.raises(InputError, match="text 0 is of type int"):
-        searcher.search([1])
-    with pytest.raises(InputError, match="nprobes says nothing to IVFPQ"):
-        searcher.search("drum", nprobes=3)
+def test_the_stages_agree_with_the_notebook(codes_dir, model_dir, queries_file, tmp_path):
+    flags = ["--cpu", "--index_dir", codes_dir, "--queries", queries_file, "--k", 5]  # the model is found by itself
+    succeed(call_stage("retrieve.py", *flags, "--output", tmp_path / "run", "--quality", "best"))
+    searcher = Searcher(codes_dir, model_dir, "cpu")
+    hits = searcher.search(["red apple", "the sea"], k=5, quality="best")
+    expected = [(qid, hit.pid) for qid, found in zip(("q1", "q2"), hits, strict=True) for hit in found]
+    assert read_rankings(tmp_path / "run") == expected
+    succeed(call_stage("retrieve.py", *flags, "--output", tmp_path / "run", "--exact", "--by_codes"))
+    assert read_rankings(tmp_path / "run") == expected
+    (tmp_path / "candidates").write_text("".join(f"{qid}\t{pid}\n" for qid, pid in expected))
+    flags += ["--candidates", tmp_path / "candidates", "--by_codes"]
+    succeed(call_stage("retrieve.py", *flags, "--output", tmp_path / "run"))
+    assert read_rankings(tmp_path / "run") == expected
 
 
-def test_settings_do_not_stick(searcher):
-    before = searcher.search("drum and eagle", 40)
-    little = searcher.search("drum and eagle", 40, nprobe=1, faiss_depth=2, rerank_depth=3)
-    assert len(little) <= 3 < len(before)
-    assert searcher.search("drum and eagle", 40) == before
-    exact = searcher.search("drum and eagle", 40, exact=True)
-    assert searcher.search("drum and eagle", 40) == before
-    assert [hit.pid for hit in exact] == [hit.pid for hit in before]
-
-
-def test_rows_of_zeros_pad_a_query(searcher):
-    query = searcher.encode(["drum"])[:, :5]
-    padded = torch.cat([query, torch.zeros(1, 3, 16)], 1)
-    (few,), (also_few,) = (searcher.candidates(vectors, 1, 2, 100) for vectors in (query, padded))
-    assert few.tolist() == also_few.tolist() and len(few) < 40
-    (plain,), (same,) = (searcher.exact(vectors, 5) for vectors in (query, padded))
-    assert plain[0].tolist() == same[0].tolist() and np.allclose(plain[1], same[1], atol=1e-5)
-
-
-def test_moved_together_the_folders_find_each_other(model_dir, index_dir, toy_dir, tmp_path, monkeypatch):
-    load = Searcher._load
-    base = model_dir.parent.parent
-    assert index_dir.parent.parent == toy_dir.parent == base
-    for folder in (model_dir, index_dir, toy_dir):
-        shutil.copytree(folder, tmp_path / folder.relative_to(base))
-    searcher, loaded = Searcher(tmp_path / index_dir.relative_to(base)), []
-    monkeypatch.setattr(Searcher, "_load", lambda self, folder: loaded.append(folder) or load(self, folder))
-    assert searcher.search("drum", 1)[0].text
-    assert all(tmp_path in path.resolve().parents for path in (*loaded, searcher.collection.path)) and loaded
-
-
-def test_a_folder_that_is_gone(index_dir, toy_dir, model_dir, tmp_path):
-    shutil.copytree(index_dir, tmp_path / "index")
-    meta = unlist(tmp_path / "index")
-    meta |= {"model": "gone", "model_path": "../gone", "collection_path": None}
-    (tmp_path / "index/meta.json").write_text(json.dumps(meta))
-    with pytest.raises(InputError, match=r"its model, gone, is not there: give its folder as model"):
-        Searcher(tmp_path / "index").search("drum")
-    assert [hit.text for hit in Searcher(tmp_path / "index", model_dir).search("drum", 2)] == [None, None]
-
-    lines = (toy_dir / "collection.tsv").read_bytes().splitlines(keepends=True)
-    (tmp_path / "right.tsv.gz").write_bytes(gzip.compress(b"".join(lines)))
-    hits = Searcher(tmp_path / "index", model_dir, collection=tmp_path / "right.tsv.gz").search("drum", 40)
-    assert {f"{hit.pid}\t{hit.text}\n".encode() for hit in hits} == set(lines)
-    for wrong, message in (
-        (lines[1:] + lines[:1], r"wrong\.tsv:\d+: pid 'p\d+', but 'p\d+' in"),
-        (lines[:1], "pid None"),
-    ):
-        (tmp_path / "wrong.tsv").write_bytes(b"".join(wrong))
-        with pytest.raises(InputError, match=message):
-            Searcher(tmp_path / "index", model_dir, collection=tmp_path / "wrong.tsv").search("drum", 2)
-    with pytest.raises(InputError, match="no such file"):
-        Searcher(tmp_path / "index", model_dir, collection=tmp_path / "none.tsv")
+def test_exact_is_not_by_codes_unless_asked_for(codes_dir, model_dir, queries_file, toy_dir, tmp_path):
+    flags = ["--cpu", "--model", model_dir, "--index_dir", codes_dir, "--queries", queries_file, "--k", 5]
+    (tmp_path / "candidates").write_text("q1\tp1\n")
+    for how in (["--exact"], ["--candidates", tmp_path / "candidates"]):
+        done = call_stage("retrieve.py", *flags, *how, "--output", tmp_path / "run")
+        assert done.returncode == 2 and "keeps no vectors" in done.stderr and "--keep_vectors" in done.stderr
+        assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
+    done = succeed(call_stage("retrieve.py", *flags, *how, "--by_codes", "--output", tmp_path / "run"))
+    assert "no candidates for 1 of 2 queries, q2 among them" in done.stderr
+    done = call_stage("retrieve.py", *flags, "--by_codes", "--output", tmp_path / "run")
+    assert done.returncode == 2 and "leave it out" in done.stderr
+    with pytest.raises(InputError, match="keeps no vectors"):
+        Searcher(codes_dir, model_dir, "cpu").search("red apple", exact=True)

@@ -12,16 +12,15 @@ the coarse codeword is the one that leaves least in the end (as in additive quan
 vector to unit length. Residuals to centroids are ColBERTv2's (arXiv 2112.01488), near-duplicates within a passage those
 of Clavié et al. (arXiv 2409.14683), who average them away. LOG.md has what else was measured.
 
-The coarse codes alone order many passages, the fine ones the best of them (search.py). The dot product of a query token
-with a decoded token is a sum of look-ups: one for the centroid, one a part. Scores of 32 query tokens lie side by side,
-so that a look-up serves them all by one instruction (kernels.py).
+The coarse codes alone order many passages, the fine ones the best of them (compressed.py). The dot product of a query
+token with a decoded token is a sum of look-ups: one for the centroid, one a part. Scores of 32 query tokens lie side by
+side, so that a look-up serves them all by one instruction (kernels/score.py).
 
 A passage of n representatives and f followers in bytes. Coarse: centroids 2 n, norms n, codes M[0] n. Fine: parents f,
 norms f, codes M[1] n + M[2] f. The upper half of a representative's byte of norm is its coarse vector's, the lower half
 tells how its fine vector's differs from what is usual for that.
 """
 
-import math
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -32,25 +31,19 @@ from torch import Tensor
 
 from nanocolbert.cli import InputError
 from nanocolbert.compute import fast_dtype, single_threads
-from nanocolbert.index import kernels
-from nanocolbert.index.kernels import CODEWORDS, LANES, SCALE
+from nanocolbert.index.book import Book, as_saved, nest
+from nanocolbert.index.centroids import MOST_CENTROIDS, TRIED, Groups, assign, kmeans, unit
+from nanocolbert.index.kernels.compiled import CODEWORDS
+from nanocolbert.index.kernels.nearest import MOST_PARENTS, representatives
+from nanocolbert.index.kernels.score import FACTOR, LANES, SCALE, rough
 from nanocolbert.index.knobs import BITS, LONGEST
-from nanocolbert.progress import progress
 from nanocolbert.storage.ragged import load_npy, neighbours
 
 BOOKS, LEVELS = ("representative", "follower"), ("coarse", "fine")
 OVERHEAD = 1.2  # bytes a token of centroids, offsets and sizes, in a collection of a few million tokens
 SIMILARITY = 0.85  # cosine from which a token may follow another
-MOST_CENTROIDS = 1 << 16  # what two bytes can name
-PER_CENTROID = 40  # embeddings that centroids are trained on; faiss warns under 39
 NORM_QUANTILES = 0.001, 0.999  # of the factors seen in training: what a byte of norm spans
-CANDIDATES = 8  # coarse codewords tried for each part
-BEGIN_SAMPLE = 8_000  # of them, those that k-means begins with
 BOOK_SAMPLE = 60_000  # differences that the codewords are trained on
-BOOK_ITERATIONS, JOINT_ITERATIONS, CENTROID_ITERATIONS = 6, 3, 6
-ASSIGN_BLOCK = 512  # embeddings whose similarities to all centroids are in memory at a time
-FEWEST_GROUPED, GROUP_BLOCK = 2048, 1 << 15  # centroids worth grouping where products are fp32; embeddings at a time
-TRIED = 4, 8  # groups that an embedding's nearest centroid is looked for in: to train centroids, to encode
 ENCODE_TOKENS = 1 << 15  # embeddings that a thread encodes at a time
 
 
@@ -71,25 +64,12 @@ def code_bytes(dim: int, bits: int, share: float) -> tuple[int, int, int]:
     return coarse, fine, follower
 
 
-def default_nlist(n_embeddings: int, most: int | None = None) -> int:
-    """The power of two nearest to 4 * sqrt(n), never more lists than can be trained, nor than `most`."""
-    wanted = 2 ** round(math.log2(4 * math.sqrt(n_embeddings)))
-    return max(1, min(wanted, n_embeddings // (PER_CENTROID - 1), most or wanted))
-
-
-def sample_passages(offsets: np.ndarray, wanted: int, seed: int) -> np.ndarray:
-    """Rows of passages drawn at random, in order, that hold at least `wanted` embeddings, or all; offsets (n + 1,)."""
-    n = len(offsets) - 1
-    n_drawn = min(n, math.ceil(1.05 * wanted * n / offsets[-1]) + 10)
-    return np.sort(np.random.default_rng(seed).choice(n, n_drawn, replace=False))
-
-
 class Tables(NamedTuple):
     """What up to LANES query tokens score with centroids and codewords, int16; 1.0 is SCALE."""
 
     centroids: np.ndarray  # (C, LANES)
     books: list[np.ndarray]  # (M, 256, LANES): coarse, fine, follower
-    rough: list[np.ndarray]  # centroids and the coarse book in bytes, see kernels.rough
+    rough: list[np.ndarray]  # centroids and the coarse book in bytes, see kernels/score.py
 
 
 class Codes(NamedTuple):
@@ -101,75 +81,6 @@ class Codes(NamedTuple):
     coarse: np.ndarray
     fine: np.ndarray
     sizes: np.ndarray
-
-
-class Book:
-    """A product quantiser in two levels: coarse parts, and in each of them fine parts, which code what it leaves over.
-
-    codewords: of both levels, (M, 256, d) each; columns (D,) of a vector in the order of the parts. Part m of a level
-    has the columns edges[m] to edges[m + 1] - 1; widths of fine parts differ by one at most, coarse part m is made of
-    the fine parts within[m] to within[m + 1] - 1, and codewords of a narrower part end in zeros.
-    """
-
-    def __init__(self, codewords: list[np.ndarray], columns: np.ndarray):
-        self.codewords, self.columns = codewords, columns
-        self.within, self.edges = nest(len(columns), *(len(words) for words in codewords))
-        self.columns_of_parts = []  # (M, d) each
-        for edges in self.edges:
-            widths = np.diff(edges)[:, None]
-            # past the end of a narrower part any column will do: its codewords are 0 there
-            places = edges[:-1, None] + np.minimum(np.arange(widths.max()), widths - 1)
-            self.columns_of_parts.append(torch.from_numpy(columns[places]))
-
-    @classmethod
-    def train(cls, vectors: np.ndarray, coarse: int, fine: int, rng) -> "Book":
-        """By k-means of each part of these vectors (n, D) fp32, of each part of what it leaves over, then of both."""
-        n, (_, edges) = len(vectors), nest(vectors.shape[1], coarse, fine)
-        columns = deal((vectors**2).mean(0), edges[1])
-        vectors, codewords = np.ascontiguousarray(vectors[:, columns]), []
-        left = vectors.copy()
-        for level in edges:
-            words = np.zeros((len(level) - 1, CODEWORDS, np.diff(level).max()), np.float32)
-            some = left[rng.permutation(n)[:BEGIN_SAMPLE]]
-            kernels.first_codewords(some, level, rng.random(words.shape[:2]), words)
-            alone = [words, words[:0]], (level, level[:1]), np.zeros(len(level), np.int64)  # no finer parts
-            for _ in progress(range(BOOK_ITERATIONS), desc="codewords", unit=" rounds"):
-                codes, rebuilt = quantise(left, *alone, 1)
-                kernels.refine(words, level, codes, left - rebuilt[0])
-            left -= quantise(left, *alone, 1)[1][0]
-            codewords.append(words)
-        book = cls(codewords, columns)
-        for _ in progress(range(JOINT_ITERATIONS), desc="codewords", unit=" rounds"):
-            codes, rebuilt = quantise(vectors, codewords, book.edges, book.within, CANDIDATES)
-            left = vectors - rebuilt[1]
-            for words, level, here in zip(codewords, edges, np.split(codes, [coarse], axis=1), strict=True):
-                kernels.refine(words, level, here, left)
-        return cls([as_saved(words) for words in codewords], columns)
-
-    def encode(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Codes (n, M) uint8 of vectors (n, D) fp32, the coarse ones first, and what these and all decode to, (n, D).
-
-        For each coarse part the codeword that leaves least over after the fine ones, of the CANDIDATES nearest.
-        """
-        codes, rebuilt = quantise(vectors, self.codewords, self.edges, self.within, CANDIDATES, self.columns)
-        return codes, *rebuilt
-
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Vectors (n, D) of codes (n, M), or of the coarse ones alone."""
-        vectors = np.zeros((len(codes), len(self.columns)), np.float32)
-        for words, edges in zip(self.codewords, self.edges, strict=True):
-            here, codes = codes[:, : len(words)], codes[:, len(words) :]
-            for m in range(here.shape[1]):
-                vectors[:, edges[m] : edges[m + 1]] += words[m, here[:, m], : edges[m + 1] - edges[m]]
-        return vectors[:, np.argsort(self.columns)]
-
-    def tables(self, query: Tensor) -> np.ndarray:
-        """Dot products (M, 256, LANES) int16 of codewords with the parts of a query (LANES, D)."""
-        products = [
-            torch.bmm(torch.from_numpy(words), query.T[columns])
-            for words, columns in zip(self.codewords, self.columns_of_parts, strict=True)
-        ]
-        return torch.cat(products).round_().to(torch.int16).numpy()
 
 
 class Codec:
@@ -332,7 +243,7 @@ class Codec:
         place = np.zeros(T, np.int64)
         place[firsts] = np.arange(len(firsts))
         parent = place[parents[followers]]  # (F,) among all representatives
-        assert not len(parent) or i[parent].max() < kernels.MOST_PARENTS
+        assert not len(parent) or i[parent].max() < MOST_PARENTS
         follower_codes, _, rebuilt = self.books[1].encode(values[followers] - decoded[parent])
         at = starts[:-1, 1]
         norms = nearest_level(norm_factors(decoded[parent] + rebuilt), self.norms[2])
@@ -393,8 +304,8 @@ class Codec:
 
     @cached_property
     def factors(self) -> np.ndarray:
-        """Factors of norms as kernels.scaled_max takes them, (3, 256) int64."""
-        return (self.norms * kernels.FACTOR).round().clip(0, (1 << 15) - 1).astype(np.int64)
+        """Factors of norms as `scaled_max` takes them, (3, 256) int64."""
+        return (self.norms * FACTOR).round().clip(0, (1 << 15) - 1).astype(np.int64)
 
     def tables(self, query: Tensor) -> Tables:
         """Look-up tables of up to LANES query tokens, (Lq, D) fp32."""
@@ -404,7 +315,7 @@ class Codec:
         centroids = similarities.float().round_().to(torch.int16).numpy()
         first, follower = (book.tables(padded) for book in self.books)
         books = [first[: self.M[0]], first[self.M[0] :], follower]
-        return Tables(centroids, books, [kernels.rough(centroids), kernels.rough(books[0])])
+        return Tables(centroids, books, [rough(centroids), rough(books[0])])
 
     @cached_property
     def _multiplied(self) -> Tensor:
@@ -413,50 +324,9 @@ class Codec:
         return torch.from_numpy(self.centroids).to(fast_dtype(torch.device("cpu")) if is_rough else torch.float32)
 
 
-def as_saved(array: np.ndarray) -> np.ndarray:
-    """What is left of fp32 values in fp16: an opened codec encodes and scores like the one that was trained."""
-    return array.astype(np.float16).astype(np.float32)
-
-
 def principal_directions(vectors: np.ndarray) -> np.ndarray:
     """Principal directions (D, D) of vectors (n, D), as columns, the largest first."""
     return np.linalg.eigh(vectors.T @ vectors / len(vectors))[1][:, ::-1].astype(np.float32)
-
-
-def deal(variances: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Columns (D,) dealt out to parts, the largest variance first, so that parts have like products of variances."""
-    logs = np.log(np.maximum(variances, 1e-9 + 1e-6 * variances.max()))
-    logs -= logs.min()
-    parts, totals, room = [[] for _ in edges[1:]], np.zeros(len(edges) - 1), np.diff(edges)
-    for j in np.argsort(-logs, kind="stable"):
-        part = np.where(room > 0, totals, np.inf).argmin()
-        parts[part].append(j)
-        totals[part] += logs[j]
-        room[part] -= 1
-    return np.concatenate(parts).astype(np.int64)
-
-
-def nest(dim: int, coarse: int, fine: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Which fine parts make up each coarse part, (coarse + 1,), and the edges of the coarse and the fine parts."""
-    within, edges = parts_of(fine, coarse), parts_of(dim, fine)
-    return within, (edges[within], edges)
-
-
-def quantise(vectors: np.ndarray, codewords, edges, within, n_candidates: int, columns=None) -> tuple:
-    """Codes (n, M) of both levels, and the codewords they stand for, (2, n, D), as kernels.quantise says.
-
-    columns (D,): those of the vectors in the order of the parts, None if they are in it.
-    """
-    columns = np.arange(vectors.shape[1]) if columns is None else columns
-    codes = np.empty((len(vectors), sum(map(len, codewords))), np.uint8)
-    rebuilt = np.empty((2, *vectors.shape), np.float32)
-    kernels.quantise(np.ascontiguousarray(vectors), columns, *codewords, *edges, within, n_candidates, codes, rebuilt)
-    return codes, rebuilt
-
-
-def parts_of(dim: int, M: int) -> np.ndarray:
-    """Where the M parts of a vector begin, and its end: (M + 1,)."""
-    return np.cumsum([0] + [len(part) for part in np.array_split(np.arange(dim), M)])
 
 
 def put(data: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
@@ -483,85 +353,5 @@ def nearest_level(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
 def find_parents(values: np.ndarray, lengths: np.ndarray, similarity: float) -> np.ndarray:
     """The representative of each token (T,), itself where it is one; values (T, D) fp32, lengths (n,) of passages."""
     parents = np.empty(len(values), np.int64)
-    kernels.representatives(values, np.concatenate([[0], np.cumsum(lengths)]), np.float32(similarity), parents)
+    representatives(values, np.concatenate([[0], np.cumsum(lengths)]), np.float32(similarity), parents)
     return parents
-
-
-def unit(vectors: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(vectors, dim=-1)
-
-
-class Groups(NamedTuple):
-    """Unit centroids (C, D) in groups of what is near to one another, so that a vector is compared with few of them."""
-
-    centers: Tensor  # (G, D), of unit length
-    members: np.ndarray  # (C,): the centroids of each group, one group after the other
-    starts: np.ndarray  # (G + 1,): where a group's members begin
-    centroids: Tensor  # (C, D), in this order
-
-    @classmethod
-    def of(cls, centroids: Tensor, device="cpu") -> "Groups | None":
-        """None where comparing with all of them is as fast."""
-        if product_dtype(device) != torch.float32 or len(centroids) < FEWEST_GROUPED:
-            return None
-        n = 2 ** round(math.log2(len(centroids) / 2) / 2)
-        centers = unit(kmeans(centroids, n, np.random.default_rng(0)))
-        group = assign(centroids, centers).numpy()
-        members = np.argsort(group, kind="stable")
-        starts = np.append(0, np.bincount(group, minlength=n).cumsum())
-        return cls(centers, members, starts, centroids[members])
-
-    def assign(self, vectors: Tensor, n_tried: int) -> Tensor:
-        """The nearest centroid for each vector (n, D), (n,) int64, of those in the n_tried nearest groups."""
-        parts = [self._assign(part, min(n_tried, len(self.centers))) for part in vectors.split(GROUP_BLOCK)]
-        return torch.from_numpy(np.concatenate(parts))
-
-    def _assign(self, vectors: Tensor, n_tried: int) -> np.ndarray:
-        rows, ends = kernels.choose_groups((vectors @ self.centers.T).numpy(), n_tried)
-        best, nearest = np.full(len(vectors), -1e30, np.float32), np.zeros(len(vectors), np.int64)
-        for group, end in enumerate(ends[1:]):
-            here, members = rows[ends[group] : end], slice(*self.starts[group : group + 2])
-            if len(here) and members.start < members.stop:
-                similarities = vectors[torch.from_numpy(here)] @ self.centroids[members].T
-                kernels.keep_best(similarities.numpy(), here, self.members[members], best, nearest)
-        return nearest
-
-
-def product_dtype(device) -> torch.dtype:
-    """What products with centroids are computed in: bf16 but on CPUs that would have to emulate it."""
-    device = torch.device(device)
-    return fast_dtype(device) if device.type == "cpu" else torch.bfloat16
-
-
-def assign(vectors: Tensor, centroids: Tensor, device="cpu") -> Tensor:
-    """The nearest of the unit centroids (C, D) for each vector (n, D): (n,) int64."""
-    dtype = product_dtype(device)
-    centroids, nearest = centroids.to(device, dtype), torch.empty(len(vectors), dtype=torch.int64)
-    # One result and one buffer: small results among large passing ones would leave a heap of holes.
-    buffer = torch.empty(min(ASSIGN_BLOCK, len(vectors)), len(centroids), device=device)
-    for start in range(0, len(vectors), ASSIGN_BLOCK):
-        part = vectors[start : start + ASSIGN_BLOCK].to(device, dtype)
-        similarities = buffer[: len(part)]
-        if dtype == buffer.dtype:
-            torch.matmul(part, centroids.T, out=similarities)
-        else:
-            similarities.copy_(part @ centroids.T)
-        if similarities.device.type == "cpu":  # numpy's argmax is many times faster there
-            nearest[start : start + len(part)] = torch.from_numpy(similarities.numpy().argmax(1))
-        else:
-            nearest[start : start + len(part)] = similarities.argmax(1)
-    return nearest
-
-
-def kmeans(vectors: Tensor, n: int, rng, device="cpu") -> Tensor:
-    """Means (n, D) of clusters by cosine; a cluster that nothing is nearest to begins again at a random vector."""
-    centroids = vectors[np.sort(rng.permutation(len(vectors))[:n])]
-    for _ in progress(range(CENTROID_ITERATIONS), desc="centroids", unit=" rounds"):
-        centroids = unit(centroids)
-        groups = Groups.of(centroids, device)
-        nearest = groups.assign(vectors, TRIED[0]) if groups else assign(vectors, centroids, device)
-        counts = torch.bincount(nearest, minlength=n)
-        centroids = torch.zeros(n, vectors.shape[1]).index_add_(0, nearest, vectors) / counts.clamp(min=1)[:, None]
-        empty = (counts == 0).nonzero()[:, 0]
-        centroids[empty] = vectors[rng.integers(0, len(vectors), len(empty))]
-    return centroids

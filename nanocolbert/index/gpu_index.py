@@ -1,4 +1,4 @@
-"""The compressed index on a GPU: the steps of search.py in PyTorch, on whatever device the arrays were put.
+"""The compressed index on a GPU: the steps of compressed.py in PyTorch, on whatever device the arrays were put.
 
 Everything but kept vectors lies on the device: about as many bytes a token as build_index.py reports. There products
 are cheaper than look-ups, so the codes of the passages in question are decoded, in fp16, and multiplied with the query.
@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanocolbert.index.codec import Book
-from nanocolbert.index.compressed import BLOCK, CompressedIndex, Segment, read_vectors
-from nanocolbert.index.kernels import SCALE
+from nanocolbert.index.book import Book
+from nanocolbert.index.compressed import CompressedIndex
+from nanocolbert.index.kernels.score import SCALE
+from nanocolbert.index.segments import BLOCK, Segment
 from nanocolbert.maxsim import maxsim_packed
 
 
@@ -87,15 +88,6 @@ class GpuIndex(CompressedIndex):
         passage = torch.arange(len(rows), device=self.device)
         order = torch.cat([passage.repeat_interleave(n), passage.repeat_interleave(f)]).argsort(stable=True)
         return torch.cat([vectors, followers])[order], n + f
-
-    def _exact(self, query: Tensor, rows: np.ndarray) -> np.ndarray:
-        """Exact MaxSim (n,) of rows in order: their vectors are read from disk."""
-        scores = np.empty(len(rows), np.float32)
-        for segment, part in self.parts(rows):
-            vectors, lengths = read_vectors(segment.vectors, rows[part] - segment.first_row)
-            vectors, lengths = vectors.to(self.device).float(), lengths.to(self.device)
-            scores[part] = maxsim_packed(query[None], vectors, lengths)[0].cpu().numpy()
-        return scores
 
 
 class GpuSegment:

@@ -158,8 +158,8 @@ def preload() -> None:
 
     from nanocolbert import compute
     from nanocolbert.checkpoints import layouts  # noqa: F401
+    from nanocolbert.index import changes, compressed
     from nanocolbert.index import codec as codec_module
-    from nanocolbert.index import compressed
     from nanocolbert.index.knobs import effort_for
 
     compute.bf16_pays()  # measured once: the same answer for all
@@ -168,10 +168,10 @@ def preload() -> None:
     with tempfile.TemporaryDirectory() as folder:  # loads the compiled loops
         vectors, lengths = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float16), np.full(8, 8)
         codec = codec_module.Codec.train(vectors.astype(np.float32), lengths, 2, 8, 0, torch.device("cpu"))
-        compressed.create(folder, codec, [(codec.encode(vectors, lengths), list("abcdefgh"))])
-        compressed.compact(folder)
+        changes.create(folder, codec, [(codec.encode(vectors, lengths), list("abcdefgh"))])
+        changes.compact(folder)
         index, query = compressed.CompressedIndex(folder), torch.from_numpy(vectors[:4]).float()
-        index.search_many([query], 2, effort_for("fast", 2, n_coarse=4, n_fine=3))
+        index.search(query[None], 2, effort_for("fast", 2, n_coarse=4, n_fine=3))
     tqdm.tqdm.monitor_interval = interval
 
 

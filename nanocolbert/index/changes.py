@@ -1,0 +1,140 @@
+"""Changes of a compressed index: made, added to, deleted from, compacted.
+
+An index is a list of segments that never change, and state.json, which names them and what is deleted in them: a
+change writes new files first, and replaces state.json last. Whoever has the index open goes on with what it opened.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from nanocolbert.cli import InputError, held
+from nanocolbert.index.codec import Codec, Codes
+from nanocolbert.index.compressed import CompressedIndex
+from nanocolbert.index.segments import FIRST, SegmentWriter, read_state
+from nanocolbert.storage.artifact import link, locked, write_json
+from nanocolbert.storage.checksums import Spans, sum_of
+from nanocolbert.storage.ragged import ranges
+
+COMPACT_PASSAGES = 4096  # passages copied at a time
+
+
+@contextmanager
+def changing(folder):
+    """Give the state of an index to be changed; replaces it when the block ends, unless by an exception.
+
+    One process at a time: others wait. What no state names any more, or a killed process has left, is removed.
+    """
+    folder = Path(folder)
+    with locked(folder / "lock", folder, os.O_RDWR | os.O_CREAT, wait=True):
+        state = read_state(folder)
+        _remove_leftovers(folder, state)
+        state["version"] += 1
+        try:
+            yield state
+            write_json(folder / "state.json", state, summed=True)
+        finally:
+            with held():
+                _remove_leftovers(folder, read_state(folder))
+
+
+def _remove_leftovers(folder: Path, state: dict) -> None:
+    """Remove what a state does not name."""
+    named = {entry["name"]: entry["alive"] for entry in state["segments"]}
+    for segment in (folder / "segments").iterdir():
+        if segment.name not in named:
+            shutil.rmtree(segment)
+            continue
+        for path in segment.glob("alive-*.npy"):
+            if path.name != named[segment.name]:
+                path.unlink()
+
+
+def create(folder, codec: Codec, blocks: Iterable, vectors=None, spans: Spans | None = None) -> None:
+    """Write codec, state and a first segment of compressed blocks (codes, pids) into an empty folder.
+
+    vectors: the .npy file of all values, to be linked and kept; spans: its checksums, if they are known.
+    """
+    folder = Path(folder)
+    codec.save(folder)
+    writer = SegmentWriter(folder / "segments" / FIRST, codec, keep_vectors=False)
+    for codes, pids in blocks:
+        writer.append(codes, pids)
+    if vectors is not None:
+        link(Path(vectors), writer.folder / "vectors.npy")
+    files = writer.close({"vectors.npy": spans} if spans else None)
+    state = {"version": 1, "segments": [{"name": FIRST, "alive": None, "files": files}]}
+    write_json(folder / "state.json", state, summed=True)
+
+
+def add(folder, blocks: Iterable, check: Callable = lambda index: None) -> int:
+    """Add passages to an index: blocks of (values (T, D), lengths (n,), pids); returns how many.
+
+    check(index): called before the first block is taken. Raises InputError if one of the ids is there already; the
+    index is then as it was.
+    """
+    with changing(folder) as state:
+        index, taken, name = CompressedIndex(folder), set(), str(state["version"])
+        check(index)
+        writer = SegmentWriter(Path(folder) / "segments" / name, index.codec, index.keeps_vectors)
+        for values, lengths, pids in blocks:
+            for pid, row in zip(pids, index.rows(pids).tolist(), strict=True):
+                if row >= 0 or pid in taken:
+                    raise InputError(f"{folder}: has a passage {pid} already: delete it first, or leave it out")
+                taken.add(pid)
+            writer.append(index.codec.encode(values, lengths), pids, values)
+        files = writer.close()
+        if writer.n:
+            state["segments"].append({"name": name, "alive": None, "files": files})
+    return writer.n
+
+
+def delete(folder, pids: list[str], places: list[str] | None = None) -> int:
+    """Delete passages from an index; returns how many. Raises InputError if one of the ids is not there.
+
+    places: where each id stands, for messages.
+    """
+    with changing(folder) as state:
+        index = CompressedIndex(folder)
+        rows = index.rows(pids)
+        if (rows < 0).any():
+            first = int((rows < 0).argmax())
+            raise InputError(f"{f'{places[first]}: ' if places else ''}{folder} has no passage {pids[first]}")
+        rows = np.unique(rows)
+        entries = {segment.folder.name: entry for segment, entry in zip(index.segments, state["segments"], strict=True)}
+        for segment, part in index.parts(rows):
+            entry = entries[segment.folder.name]
+            alive = segment.alive.copy()
+            alive[rows[part] - segment.first_row] = False
+            entry["alive"] = f"alive-{state['version']}.npy"
+            np.save(segment.folder / entry["alive"], alive)
+            if "files" in entry:
+                others = {name: spans for name, spans in entry["files"].items() if not name.startswith("alive-")}
+                entry["files"] = others | {entry["alive"]: [sum_of(segment.folder / entry["alive"])]}
+    return len(rows)
+
+
+def compact(folder) -> int:
+    """Make one segment of all, without what was deleted; returns its passages. Nothing is compressed anew."""
+    with changing(folder) as state:
+        index, name = CompressedIndex(folder), str(state["version"])
+        index.check()
+        writer = SegmentWriter(Path(folder) / "segments" / name, index.codec, index.keeps_vectors)
+        np.save(writer.folder / "origins.npy", index.origin(np.flatnonzero(index.alive())))
+        for segment in index.segments:
+            alive = np.flatnonzero(segment.alive)
+            for rows in np.array_split(alive, math.ceil(len(alive) / COMPACT_PASSAGES) or 1):
+                starts, lengths = segment.offsets[rows].T, (segment.offsets[rows + 1] - segment.offsets[rows]).T
+                coarse, fine = (
+                    data[ranges(*where)]
+                    for data, *where in zip((segment.coarse, segment.fine), starts, lengths, strict=True)
+                )
+                vectors = segment.vectors.gather(rows)[0] if index.keeps_vectors else None
+                writer.append(Codes(coarse, fine, segment.sizes[rows]), segment.pids.text(rows), vectors)
+        state["segments"] = [{"name": name, "alive": None, "files": writer.close()}]
+    return writer.n

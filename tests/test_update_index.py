@@ -1,0 +1,84 @@
+"""update_index: passages added, deleted and compacted by the stage, and refusals that change nothing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import call_stage, succeed
+
+from model import ColBERT
+from retrieve import Searcher
+
+
+def test_update_stage(codes_dir, model_dir, toy_dir, tmp_path):
+    texts = dict(line.split("\t") for line in (toy_dir / "collection.tsv").read_text().splitlines())
+    index = shutil.copytree(codes_dir, tmp_path / "index")
+    (tmp_path / "more.tsv").write_text("new1\tred apple red apple\nnew2\tgreen apple\n")
+    flags = ["--index_dir", index, "--model", model_dir, "--cpu"]
+    done = succeed(call_stage("update_index.py", *flags, "--add", tmp_path / "more.tsv"))
+    assert json.loads(done.stdout.splitlines()[-1])["changed"] == 2
+    pids = [hit.pid for hit in Searcher(index, model_dir, "cpu").search("red apple", k=100)]
+    assert {"new1", "new2"} <= set(pids)
+    (tmp_path / "pids.txt").write_text("new1\n" + pids[-1] + "\n")
+    succeed(call_stage("update_index.py", "--index_dir", index, "--delete", tmp_path / "pids.txt"))
+    succeed(call_stage("update_index.py", "--index_dir", index, "--compact"))
+    hits = Searcher(index, model_dir, "cpu", toy_dir / "collection.tsv").search("red apple", k=100)
+    left = set(pids) - {"new1", pids[-1]}
+    assert {hit.pid: hit.text for hit in hits} == {pid: texts.get(pid) for pid in left}  # though the rows have moved
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--add", "more.tsv"), "more.tsv:2: id 'new1' a second time"),
+        (("--add", "nowhere.tsv"), "nowhere.tsv: no such file"),
+        (("--delete", "pids.txt"), "pids.txt:1: "),
+        (("--delete", "blank.txt"), "blank.txt:2: id '' is empty"),
+    ],
+)
+def test_refusals_of_updates(codes_dir, model_dir, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    index = shutil.copytree(codes_dir, tmp_path / "index")
+    Path("more.tsv").write_text("new1\tred apple\nnew1\tgreen apple\n")
+    Path("pids.txt").write_text("nobody\n")
+    Path("blank.txt").write_text("1\n\n")
+    before = (index / "state.json").read_bytes()
+    done = call_stage("update_index.py", "--index_dir", index, "--model", model_dir, "--cpu", *flags)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (index / "state.json").read_bytes() == before and len(list((index / "segments").iterdir())) == 1
+
+
+def test_ivfpq_is_not_updated(index_dir):
+    done = call_stage("update_index.py", "--index_dir", index_dir, "--compact")
+    assert done.returncode == 2 and "IVFPQ, which is not changed" in done.stderr
+
+
+def test_long_passages_are_refused_before_anything_is_embedded(codes_dir, model_dir, tmp_path, monkeypatch):
+    index = shutil.copytree(codes_dir, tmp_path / "index")
+    (tmp_path / "more.tsv").write_text("new1\tred apple\nnew2\t" + "house " * 1100 + "\n")
+    load = ColBERT.from_pretrained
+
+    def longer(*args, **settings) -> ColBERT:
+        model = load(*args, **settings)
+        model.config.doc_maxlen = 2000
+        return model
+
+    monkeypatch.setattr(ColBERT, "from_pretrained", longer)
+    monkeypatch.setattr(ColBERT, "embed_passages", None)
+    flags = ("--index_dir", index, "--model", model_dir, "--cpu", "--add", tmp_path / "more.tsv")
+    done = call_stage("update_index.py", *flags)
+    assert done.returncode == 2 and "more.tsv:2: passage new2 has 1103 embeddings" in done.stderr, done.stderr
+
+
+def test_the_model_is_found_by_itself(codes_dir, tmp_path):
+    index = shutil.copytree(codes_dir, tmp_path / "index")
+    (tmp_path / "more.tsv").write_text("new1\told drum\n")
+    flags = ["--index_dir", index, "--cpu", "--add", tmp_path / "more.tsv"]
+    assert json.loads(succeed(call_stage("update_index.py", *flags)).stdout.splitlines()[-1])["changed"] == 1
+    meta = json.loads((index / "meta.json").read_text()) | {"model": "gone", "model_path": "../gone"}
+    del meta["checksum"]
+    (index / "meta.json").write_text(json.dumps(meta))
+    done = call_stage("update_index.py", *flags)
+    assert done.returncode == 2 and "its model, gone, is not there" in done.stderr and "--model" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
