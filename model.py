@@ -46,13 +46,12 @@ from nanocolbert.encoder.pretrained import (
 from nanocolbert.encoder.projection import load_projection, make_projection, principal_directions
 from nanocolbert.encoder.quiet import quietly
 from nanocolbert.encoder.soundness import are_sound, name_unsound, named
-from nanocolbert.maxsim import maxsim_packed
+from nanocolbert.maxsim import maxsim_all
 from nanocolbert.storage.checksums import share
-from nanocolbert.storage.ragged import length_batches, neighbours, ranges
+from nanocolbert.storage.ragged import length_batches, ranges
 from nanocolbert.text import FRAME, MARKERS, check_texts, own_backend, prepare_texts, punctuation_ids, tokenize
 
 TEXTS_PER_CHUNK = 1024  # texts tokenised at a time: what the tokenizer gives back takes hundreds of bytes a token
-SCORE_QUERIES, SCORE_TOKENS = 16, {"cpu": 4096, "cuda": 1 << 20}  # scored at a time, as retrieve.py does
 PROGRESS_AFTER = 5  # seconds after which a bar appears by itself
 
 
@@ -397,17 +396,7 @@ class ColBERT(PreTrainedModel):
             passages = passages[0].split(passages[1].diff().tolist())
         elif not len(passages) or isinstance(passages[0], str):
             passages = self.encode_passages(passages)
-        lengths = np.array([len(passage) for passage in passages], np.int64)  # (N,)
-        if not lengths.all():
-            raise InputError(f"passage {lengths.argmin()} has no embeddings (0, D): leave it out")
-        scores = torch.empty(len(queries), len(passages))  # (B, N)
-        for rows in neighbours(lengths, SCORE_TOKENS.get(self.device.type, 4096)):
-            block = torch.cat(list(passages[rows])).to(self.device, torch.float32)  # (T, D)
-            block_lengths = torch.from_numpy(lengths[rows]).to(self.device)
-            for start in range(0, len(queries), SCORE_QUERIES):
-                part = queries[start : start + SCORE_QUERIES].to(self.device, torch.float32)
-                scores[start : start + SCORE_QUERIES, rows] = maxsim_packed(part, block, block_lengths).cpu()
-        return scores
+        return maxsim_all(queries, passages, self.device)
 
     def rank(self, query: str | Tensor, passages, k: int | None = None) -> list[tuple[int, float]]:
         """The k best passages (default: all) for one query, a text or its embeddings (Lq, D): pairs of the position in

@@ -7,7 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanocolbert.cli import InputError
+from nanocolbert.storage.ragged import neighbours
+
 FEWEST = 16  # vectors multiplied at a time on a CPU: products of fewer are added up in an order that varies among them
+SCORE_QUERIES, SCORE_TOKENS = 16, {"cpu": 4096, "cuda": 1 << 20}  # scored at a time, as in a search
 MAXSIM_BYTES = {"cpu": 1 << 23, "cuda": 1 << 29}  # similarities held at a time in training
 
 
@@ -85,3 +89,21 @@ def maxsim_packed(queries: Tensor, embeddings: Tensor, lengths: Tensor) -> Tenso
     similarity = (embeddings @ queries.T).float()  # (T, B * Lq)
     best = torch.segment_reduce(similarity, "max", lengths=lengths, axis=0)  # (N, B * Lq)
     return best.view(-1, B, Lq).sum(-1).T
+
+
+def maxsim_all(queries: Tensor, passages, device) -> Tensor:
+    """Score every query (B, Lq, D) against every passage of a list of (Ld, D), block by block: (B, N) fp32 on the CPU.
+
+    Raises InputError where a passage has no embeddings.
+    """
+    lengths = np.array([len(passage) for passage in passages], np.int64)  # (N,)
+    if not lengths.all():
+        raise InputError(f"passage {lengths.argmin()} has no embeddings (0, D): leave it out")
+    scores = torch.empty(len(queries), len(passages))  # (B, N)
+    for rows in neighbours(lengths, SCORE_TOKENS.get(torch.device(device).type, 4096)):
+        block = torch.cat(list(passages[rows])).to(device, torch.float32)  # (T, D)
+        block_lengths = torch.from_numpy(lengths[rows]).to(device)
+        for start in range(0, len(queries), SCORE_QUERIES):
+            part = queries[start : start + SCORE_QUERIES].to(device, torch.float32)
+            scores[start : start + SCORE_QUERIES, rows] = maxsim_packed(part, block, block_lengths).cpu()
+    return scores

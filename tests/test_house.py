@@ -27,6 +27,7 @@ MAY_KNOW = {
     "nanocolbert.text": (*GROUND, "nanocolbert.storage"),
     "nanocolbert.config": (*GROUND, "nanocolbert.storage", "nanocolbert.text"),
     "nanocolbert.maxsim": (*GROUND, "nanocolbert.storage"),
+    "nanocolbert.framing": (*GROUND, "nanocolbert.storage", "nanocolbert.config"),
     "nanocolbert.encoder": (*GROUND, "nanocolbert.storage", "nanocolbert.text", "nanocolbert.config"),
     "nanocolbert.checkpoints": (
         *GROUND,

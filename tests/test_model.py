@@ -20,6 +20,7 @@ from tiny_models import (
 
 import model as model_module
 from model import ColBERT
+from nanocolbert import maxsim
 from nanocolbert.cli import InputError
 from nanocolbert.encoder import batches
 from nanocolbert.encoder.pretrained import load_tokenizer
@@ -82,8 +83,8 @@ def small_blocks(monkeypatch):
     """Blocks so small that every loop over them runs several times."""
     monkeypatch.setattr(batches, "TOKENS_PER_BATCH", {"cpu": 64})
     monkeypatch.setattr(model_module, "TEXTS_PER_CHUNK", 3)
-    monkeypatch.setattr(model_module, "SCORE_TOKENS", {"cpu": 50})
-    monkeypatch.setattr(model_module, "SCORE_QUERIES", 2)
+    monkeypatch.setattr(maxsim, "SCORE_TOKENS", {"cpu": 50})
+    monkeypatch.setattr(maxsim, "SCORE_QUERIES", 2)
 
 
 def test_encode_passages_keeps_the_order(colbert, small_blocks):
