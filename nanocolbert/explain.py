@@ -189,7 +189,9 @@ def explain(model, query: str, passage) -> Explanation:
     """
     text = passage if isinstance(passage, str) else passage.text
     if text is None:
-        raise InputError(f"passage {passage.pid}: its text is not at hand: give the text itself, or Searcher the collection's file")
+        raise InputError(
+            f"passage {passage.pid}: its text is not at hand: give the text itself, or Searcher the collection's file"
+        )
     config, queries, passages = model.config, model.encode_queries([query]), model.encode_passages([text])
     scored = queries[0].any(-1)  # (Lq,) not where the query is padded
     (query,), (text,) = (
