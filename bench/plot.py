@@ -124,7 +124,7 @@ def draw_speed(args) -> Path | None:
     axis.legend(handles, labels, title="our speed beside that of", frameon=False, **inside)
     line = last_line(args, "encode") or last_line(args, "train") or last_line(args, "maxsim")
     where = f" ({hardware_of(line)})" if line else ""
-    axis.set_title(f"MiniLM on MS MARCO's text; tokenising and search: SQuAD\n{where[2:-1]}", fontsize=11)
+    axis.set_title(f"MiniLM on MS MARCO's text; tokenising (two cores) and search: SQuAD\n{where[2:-1]}", fontsize=11)
     figure.tight_layout()
     return save(figure, args, "speed")
 

@@ -85,8 +85,12 @@ def test_before_the_demo_has_run_it_says_what_makes_its_model(tmp_path, monkeypa
     notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "code"][:1]
     for name in ("COLBERT_DEMO", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
-    with pytest.raises(CellExecutionError, match=r"SystemExit: no model in \S+: make it by `bash scripts/run_colbert"):
-        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(PATH.parent)}}).execute()
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(PATH.parent)}})
+    with pytest.raises(CellExecutionError):
+        client.execute()
+    (output,) = notebook.cells[0].outputs
+    assert output.ename == "NotThere" and len(output.traceback) == 1
+    assert output.traceback[0].startswith(f"no model in {tmp_path}")
     command = re.search("`bash (.*) (.*)`", "".join(cell.source for cell in notebook.cells))
     assert all((ROOT / name).is_file() for name in command.groups())
 
