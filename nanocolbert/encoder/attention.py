@@ -123,7 +123,7 @@ def attention(module, query, key, value, attention_mask=None, dropout=0.0, scali
 def products(query, key, value, mask: Tensor | None = None, dropout=0.0, scaling: float | None = None) -> Tensor:
     """Attention as two matrix products: (B, heads, L, d), arguments as of `attention`.
 
-    In training on a CPU they are faster than PyTorch's fused attention, whose backward pass is slow (LOG.md).
+    In training on a CPU they are faster than PyTorch's fused attention, whose backward pass is slow (docs/log.md).
     """
     with torch.autocast(query.device.type, enabled=False):
         scores = query * (query.shape[-1] ** -0.5 if scaling is None else scaling) @ key.transpose(-2, -1)

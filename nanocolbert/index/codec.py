@@ -10,7 +10,7 @@ its share of the variance (Ge et al., CVPR 2013). What is left over of a coarse 
 the coarse codeword is the one that leaves least in the end (as in additive quantisation, Babenko and Lempitsky, CVPR
 2014), which costs no byte and takes 16, 26 and 52 % off the error at 2, 4 and 8 bits. A last byte brings a decoded
 vector to unit length. Residuals to centroids are ColBERTv2's (arXiv 2112.01488), near-duplicates within a passage those
-of Clavié et al. (arXiv 2409.14683), who average them away. LOG.md has what else was measured.
+of Clavié et al. (arXiv 2409.14683), who average them away. docs/log.md has what else was measured.
 
 The coarse codes alone order many passages, the fine ones the best of them (compressed.py). The dot product of a query
 token with a decoded token is a sum of look-ups: one for the centroid, one a part. Scores of 32 query tokens lie side by
