@@ -25,7 +25,7 @@ from nanocolbert.checkpoints import card, layouts
 from nanocolbert.checkpoints.parts import Checkpoint
 from nanocolbert.cli import InputError
 from nanocolbert.compute import by_threads, default_device, fast_dtype, without_dropout
-from nanocolbert.config import ColBERTConfig, check_ids, check_tokenizer, check_tokens
+from nanocolbert.config import ColBERTConfig, check_fits, check_ids, check_tokenizer, check_tokens
 from nanocolbert.encoder.attention import Packed, compute_dtype, encode_packed, pack, packable
 from nanocolbert.encoder.batches import most_tokens, to_device
 from nanocolbert.encoder.passages import embed_passages
@@ -120,15 +120,7 @@ class ColBERT(PreTrainedModel):
         if unknown:
             raise InputError(f"{name}: {min(unknown)} is no setting of a ColBERT model")
         config = ColBERTConfig(encoder=encoder.config.to_dict(), **{**special_token_ids(tokenizer), **settings})
-        longest, asked = longest_input(encoder), max(config.query_maxlen, config.doc_maxlen)
-        if asked > longest:
-            raise InputError(f"{name}: takes {longest} tokens, {asked} were asked for")
-        ids = [*config.skiplist, *config.frame("query")[0], *config.frame("passage")[0], config.mask_token_id]
-        n = len(encoder.get_input_embeddings().weight)
-        if max(ids) >= n:
-            raise InputError(
-                f"{name}: token {max(ids)} is put into texts, or dropped, but its encoder has {n} embeddings"
-            )
+        check_fits(name, config, longest_input(encoder), len(encoder.get_input_embeddings().weight))
         return cls(config, tokenizer, encoder)
 
     @classmethod
@@ -407,6 +399,12 @@ class ColBERT(PreTrainedModel):
         scores = self.score([query] if isinstance(query, str) else query[None], passages)[0]
         best, positions = scores.sort(descending=True, stable=True)
         return list(zip(positions[:k].tolist(), best[:k].tolist(), strict=True))
+
+    def explain(self, query: str, passage):
+        """Which token of a passage each token of a query matched: an Explanation (nanocolbert/explain.py)."""
+        from nanocolbert.explain import explain  # here: it draws, which nothing else does
+
+        return explain(self, query, passage)
 
 
 def progress_bar(total: int, unit: str, progress: bool | None):

@@ -87,6 +87,19 @@ class ColBERTConfig(PreTrainedConfig):
 AutoConfig.register("colbert", ColBERTConfig)  # so that a tokenizer loads from a ColBERT folder without a warning
 
 
+def check_fits(name, config: ColBERTConfig, longest: int, known: int) -> None:
+    """Raise InputError where settings ask for more than an encoder's `longest` text, or for none of its `known` tokens.
+
+    name: the model's, for messages.
+    """
+    asked = max(config.query_maxlen, config.doc_maxlen)
+    if asked > longest:
+        raise InputError(f"{name}: takes {longest} tokens, {asked} were asked for")
+    last = max([*config.skiplist, *config.frame("query")[0], *config.frame("passage")[0], config.mask_token_id])
+    if last >= known:
+        raise InputError(f"{name}: token {last} is put into texts, or dropped, but its encoder has {known} embeddings")
+
+
 # ----------------------------------------------------------------------------------------- word pieces that were stored
 
 

@@ -178,6 +178,11 @@ def test_rank(colbert):
     assert [position for position, _ in colbert.rank("", ["boat"])] == [0]
 
 
+def test_explain(colbert):
+    found = colbert.explain("find the boat", "the old boat, and a drum!")
+    assert found.score == pytest.approx(float(colbert.score(["find the boat"], ["the old boat, and a drum!"])), abs=0.1)
+
+
 def test_a_passage_without_embeddings(colbert):
     full, empty = colbert.encode_passages(["boat"])[0], torch.zeros(0, 16)
     ragged = torch.cat([full, full]), torch.tensor([0, len(full), len(full), 2 * len(full)])

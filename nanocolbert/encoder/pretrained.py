@@ -20,7 +20,7 @@ from nanocolbert.encoder.quiet import quietly
 from nanocolbert.storage.artifact import read_json
 
 # model_types whose token embeddings of a text are the same alone and beside longer texts, and the same once saved and
-# loaded (tests/test_encoders.py); not those that mix in the padding (convolutions, landmarks, hashes, block-sparse).
+# loaded (tests/encoder/test_pretrained.py); not those that mix in the padding (convolutions, landmarks, hashes, blocks)
 KNOWN = (
     *("albert", "bert", "camembert", "data2vec-text", "deberta", "deberta-v2", "distilbert", "electra", "ernie"),
     *("eurobert", "gte", "longformer", "luke", "megatron-bert", "modernbert", "mpnet", "nomic_bert", "rembert"),
