@@ -2,9 +2,9 @@
 
 The same function as the encoder's own forward pass without dropout (Devlin et al., arXiv 1810.04805), and faster than
 transformers' (docs/log.md), because nothing is computed for padding. In bf16 weights are laid out for oneDNN, queries,
-keys and values come from one product, and GELU is computed while a product's result is in the cache. In fp32 products are
-written into buffers that all layers share, small enough for the cache, and texts of one length are attended to as they
-lie in them: nothing is copied.
+keys and values come from one product, and GELU is computed while a product's result is in the cache. In fp32 products
+are written into buffers that all layers share, small enough for the cache, and texts of one length are attended to as
+they lie in them: nothing is copied.
 
 Shapes: B texts of at most L positions, T positions in all, H hidden, h heads of size d = H / h.
 """
