@@ -112,7 +112,7 @@ def model_of(folder, meta: dict) -> str:
     beside = meta.get("model_path")
     places = [*([(Path(folder).resolve() / beside).resolve()] if beside else []), Path(meta["model"])]
     for place in places:
-        if is_colbert(place):
+        if place.is_file() or (place / "config.json").is_file():
             return str(place)
     if not beside and HUB_NAME.fullmatch(meta["model"]):  # what lay on a disk has a path
         return meta["model"]
