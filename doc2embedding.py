@@ -259,7 +259,7 @@ def main(args):
         raise InputError(f"{args.tokens_dir}: holds no collection: run tsv2mmap.py with --collection")
     folder = args.output_dir
     check_apart(folder, args.tokens_dir, args.model)
-    if args.verify:
+    if args.verify and (Path(args.model) / "meta.json").is_file():  # it comes with checksums
         verify(args.model)
     model_print = model_fingerprint(args.model)
     model = ColBERT.from_pretrained(args.model, device=state.device)

@@ -37,7 +37,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     switch = argparse.BooleanOptionalAction
     parser.add_argument(
-        "--model", type=Path, help="the ColBERT model folder that the index was made from (default: as the index says)"
+        "--model", help="the ColBERT model that the index was made from, of any layout (default: as the index says)"
     )
     parser.add_argument("--index_dir", type=Path, required=True, help="what build_index.py wrote (or doc2embedding.py)")
     parser.add_argument("--queries", type=Path, required=True, help="qid, query")
@@ -81,7 +81,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from model import ColBERT
-from nanocolbert.checkpoints.layouts import model_fingerprint
+from nanocolbert.checkpoints.layouts import model_fingerprint, model_of
 from nanocolbert.compute import default_device
 from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.index.exact import ExactIndex
@@ -91,8 +91,7 @@ from nanocolbert.index.ranking import Ranking
 from nanocolbert.progress import progress
 from nanocolbert.storage import runs, shares
 from nanocolbert.storage.artifact import check_file, check_output_file, peak_memory_mb, read_meta, verify
-from nanocolbert.storage.sources import find_collection, find_model
-from nanocolbert.storage.tsv import Collection, read_queries
+from nanocolbert.storage.tsv import Collection, find_collection, read_queries
 from nanocolbert.text import check_texts
 
 KNOBS = tuple(dict.fromkeys((*Effort._fields, *Depths._fields)))
@@ -115,8 +114,8 @@ class Searcher:
     ):
         """Open an index folder.
 
-        model: the model folder, collection: the file with the passages (.tsv or .tsv.gz); by default where the index
-        says that they were, looked for when first needed. device: by default the GPU if there is one.
+        model: a folder or a name on the hub, collection: the file with the passages (.tsv or .tsv.gz); by default where
+        the index says that they were, looked for when first needed. device: by default the GPU if there is one.
         verify: check the checksums of the index first. Any number of threads may search at once.
         Raises InputError where the folders do not fit together.
         """
@@ -137,7 +136,7 @@ class Searcher:
     @cached_property
     def model(self) -> ColBERT:
         """The model that the index was made from."""
-        return self._load(find_model(self.index_dir, self.meta))
+        return self._load(model_of(self.index_dir, self.meta))
 
     def _load(self, folder) -> ColBERT:
         if model_fingerprint(folder) != self.meta["model_fingerprint"]:
@@ -303,9 +302,9 @@ def main(args):
         check_file(args.candidates, "candidates of the queries")
     if args.model is None:
         meta = read_meta(args.index_dir, "index", "build_index.py", "embeddings")
-        args.model = find_model(args.index_dir, meta)
+        args.model = model_of(args.index_dir, meta)
     check_output(args)
-    if args.verify:
+    if args.verify and (Path(args.model) / "meta.json").is_file():  # it comes with checksums
         verify(args.model)
     queries = read_queries(args.queries)
     if not queries:
@@ -335,7 +334,7 @@ def main(args):
 def check_output(args) -> None:
     """Raise InputError if the run file cannot be written, or is a part of what is read."""
     target = check_output_file(args.output, args.queries, args.candidates, args.index_dir, args.model)
-    for folder in (args.index_dir, args.model):
+    for folder in (args.index_dir, Path(args.model)):
         if (folder / "meta.json").exists() and folder.resolve() in target.parents:
             raise InputError(f"{args.output}: inside {folder}, which is read: give another --output")
 

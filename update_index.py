@@ -26,7 +26,7 @@ def parse_args():
     what.add_argument("--delete", type=Path, help="ids of passages, one a line")
     what.add_argument("--compact", action="store_true", help="make one segment of all, without what was deleted")
     parser.add_argument(
-        "--model", type=Path, help="for --add: the model that the index was made from (default: as the index says)"
+        "--model", help="for --add: the model that the index was made from (default: as the index says)"
     )
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--verify", action=switch, default=False, help="check the checksums of what is read first")
@@ -40,12 +40,11 @@ if __name__ == "__main__":  # before the imports that take seconds: --help, or a
 import transformers
 
 from model import ColBERT
-from nanocolbert.checkpoints.layouts import model_fingerprint
+from nanocolbert.checkpoints.layouts import model_fingerprint, model_of
 from nanocolbert.compute import default_device
 from nanocolbert.index import changes
 from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.storage.artifact import check_file, read_meta, verify
-from nanocolbert.storage.sources import find_model
 from nanocolbert.storage.tsv import batched, check_id, read_id_text, read_lines
 
 PASSAGES = 4096  # embedded and added at a time
@@ -111,11 +110,11 @@ def main(args):
     elif args.delete:
         changed = changes.delete(args.index_dir, *read_pids(args.delete))
     else:
-        folder = args.model or find_model(args.index_dir, meta)
+        folder = args.model or model_of(args.index_dir, meta)
         if model_fingerprint(folder) != meta["model_fingerprint"]:
             raise InputError(f"{args.index_dir}: made from another model ({meta['model']}) than {folder}")
         check_file(args.add, "collection: pid, passage")
-        if args.verify:
+        if args.verify and (Path(folder) / "meta.json").is_file():  # it comes with checksums
             verify(folder)
         model = ColBERT.from_pretrained(folder, device="cpu" if args.cpu else default_device())
         model.check_tokenizer(args.index_dir, meta)
