@@ -10,7 +10,7 @@ two=(-n 2 --dist loadfile)  # processes; the tests keep to one thread each
 python -m pytest -q "${two[@]}"
 if has_gpu; then python -m pytest -q tests/test_gpu.py; fi
 if grep -qs avx512 /proc/cpuinfo; then
-    numeric=(encoder index training test_train.py test_model.py test_compute.py test_doc2embedding.py)
+    numeric=(encoder index training test_{compute,doc2embedding,framing,maxsim,model,train}.py)
     export ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 NUMBA_CPU_NAME=x86-64-v3
     python -m pytest -q "${two[@]}" "${numeric[@]/#/tests/}"
 fi

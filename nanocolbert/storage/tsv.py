@@ -185,6 +185,6 @@ def batched(iterable, size: int):
 
 
 def find_collection(folder, meta: dict) -> Path | None:
-    """The file with the passages' texts that an artifact was made from, as its meta.json says; None where it is gone."""
+    """The file with the passages that an artifact was made from, as its meta.json says; None where it is gone."""
     path = Path(folder).resolve() / (meta.get("collection_path") or "")
     return path if path.is_file() else None
