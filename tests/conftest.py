@@ -94,7 +94,9 @@ def succeed(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
 
 
 def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore:The given NumPy array is not writable")  # as search.py does
+    config.addinivalue_line(
+        "filterwarnings", "ignore:The given NumPy array is not writable"
+    )  # as nanocolbert/index does
 
 
 @pytest.fixture(scope="session")

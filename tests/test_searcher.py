@@ -4,6 +4,7 @@ import gzip
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_moved_together_the_folders_find_each_other(model_dir, index_dir, toy_di
     searcher, loaded = Searcher(tmp_path / index_dir.relative_to(base)), []
     monkeypatch.setattr(Searcher, "_load", lambda self, folder: loaded.append(folder) or load(self, folder))
     assert searcher.search("drum", 1)[0].text
-    assert all(tmp_path in path.resolve().parents for path in (*loaded, searcher.collection.path)) and loaded
+    assert all(tmp_path in Path(path).resolve().parents for path in (*loaded, searcher.collection.path)) and loaded
 
 
 def test_a_folder_that_is_gone(index_dir, toy_dir, model_dir, tmp_path):

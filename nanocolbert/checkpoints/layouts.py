@@ -116,7 +116,7 @@ def model_of(folder, meta: dict) -> str:
             return str(place)
     if not beside and HUB_NAME.fullmatch(meta["model"]):  # what lay on a disk has a path
         return meta["model"]
-    raise InputError(f"{folder}: its model, {meta['model']}, is not there: give its folder as model")
+    raise InputError(f"{folder}: its model, {meta['model']}, is not there: give its folder as model (--model)")
 
 
 def weights_in(folder: Path) -> list[Path]:

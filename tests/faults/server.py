@@ -37,6 +37,11 @@ class Done:
     err: str
     strays: list[str] = field(default_factory=list)
 
+    @property
+    def script(self) -> str:
+        """What it calls itself in what it says."""
+        return Path(self.command.split()[0]).name
+
     def __str__(self) -> str:
         strays = f"\nleft running: {self.strays}" if self.strays else ""
         return f"$ {self.command}\nexit code {self.code}{strays}\n{self.err[-3000:]}"

@@ -115,9 +115,10 @@ def snapshot(folder: Path, *passed_over: str) -> dict[str, str]:
 
 def without_times(path: Path) -> bytes:
     data = path.read_bytes()
+    lines = data.splitlines() if path.suffix == ".jsonl" else [data]
     if data.startswith(b"{"):
         with contextlib.suppress(ValueError):
-            return json.dumps(_drop_times(json.loads(data)), sort_keys=True).encode()
+            return json.dumps([_drop_times(json.loads(line)) for line in lines], sort_keys=True).encode()
     return data
 
 
@@ -226,8 +227,7 @@ class World:
 def is_clear(done: Done, *words: str) -> bool:
     """Whether it ended in one line that says what was wrong (with any of the words) and what to do."""
     lines = done.err.rstrip("\n").split("\n")
-    script = done.command.split()[0]
-    shape = re.fullmatch(rf"{re.escape(script)}: error: (.*\S: .*\S)", lines[-1])
+    shape = re.fullmatch(rf"{re.escape(done.script)}: error: (.*\S: .*\S)", lines[-1])
     return bool(
         done.code == 2
         and not done.strays
@@ -246,6 +246,6 @@ def is_ended(done: Done, name: str, number: int) -> bool:
     return bool(
         done.code == 128 + number
         and not done.strays
-        and re.match(rf"{re.escape(done.command.split()[0])}: (ended|stopped) by {name}", last)
+        and re.match(rf"{re.escape(done.script)}: (ended|stopped) by {name}", last)
         and not re.search(r"Traceback|Exception ignored|Fatal Python", done.err)
     )
