@@ -96,7 +96,7 @@ class Worker:
             writer = RaggedWriter(folder / name, np.uint16)
             writer.append(*tokenize(model.tokenizer, texts, maxlen))
             writer.close()
-        np.save(folder / "triples.npy", np.concatenate(batches))
+        np.save(folder / "triples.npy", np.concatenate(batches).astype(np.int32))
         data = Triples(folder, self.args.batch_size, None)
         packed = packable(model.encoder, self.accelerator.device, COMPUTE_DTYPES[precision(self.args, self.way)])
         budget = TOKENS_PER_BATCH[self.accelerator.device.type]

@@ -20,6 +20,15 @@ def test_fast_training_is_as_good(tokens_dir, encoder_dir, toy_dir, tmp_path):
     assert difference["questions"] == 16 and difference["largest_loss_difference"] < 0.05
 
 
+def test_training_step(encoder_dir, toy_dir, tmp_path):
+    arguments = {"--model": encoder_dir, "--collection": toy_dir / "collection.tsv", "--results": tmp_path}
+    arguments |= {"--queries": toy_dir / "queries.tsv", "--n_passages": 30, "--n_triples": 8, "--batch_size": 4}
+    arguments |= {"--warmup": 0, "--steps": 1, "--repeats": 1}
+    succeed(run_stage_cli("bench/bench_train.py", *(part for pair in arguments.items() for part in pair)))
+    rows = json.loads((tmp_path / "train.jsonl").read_text())["rows"]
+    assert [row["way"] for row in rows] == ["reference", "ours"] and len({row["tokens_a_step"] for row in rows}) == 1
+
+
 def test_search_against_exact(embedding_dir, tmp_path):
     vectors, queries = Ragged(embedding_dir), tmp_path / "queries.npy"
     np.save(queries, np.stack([vectors.values[start : start + 8] for start in (0, 30, 60)]).astype(np.float32))
