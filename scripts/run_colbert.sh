@@ -8,7 +8,12 @@ if [ -e "${1:-}" ]; then set -- "$(realpath -- "$1")"; fi  # setup.sh leaves the
 source "$(dirname -- "$0")/setup.sh"
 default=configs/demo.sh
 [ -e data/msmarco/collection.tsv ] && default=configs/msmarco.sh
-source "${1:-$default}"
+config=${1:-$default}
+if [ ! -f "$config" ]; then
+    echo "run_colbert.sh: error: $config: no such config: give one of" configs/*.sh >&2
+    exit 2
+fi
+source "$config"
 
 stage() {  # stage FILE COMMAND...: run COMMAND, which ends by writing FILE, unless that is done (scripts/stage.py)
     python scripts/stage.py "$OUT" "$@"
