@@ -85,16 +85,6 @@ def test_verify(tokens_dir, tmp_path):
 
 def test_driver_names_a_missing_configuration():
     done = run_driver("configs/none.sh")
-    assert done.returncode != 0 and "configs/none.sh" in done.stderr
-
-
-def test_driver_says_what_it_is():
-    done = run_driver("--help")
-    assert done.returncode == 0 and done.stdout.startswith("From raw text to metrics: bash scripts/run_colbert.sh")
-    assert len(done.stdout.splitlines()) == 3
-
-
-def test_the_driver_says_which_configs_there_are():
-    done = run_driver("configs/none.sh")
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("run_colbert.sh: error: configs/none.sh: no ")
-    assert "configs/demo.sh" in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("run_colbert.sh: error: configs/none.sh: no such config")
+    assert "configs/demo.sh" in last
