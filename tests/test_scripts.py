@@ -88,3 +88,9 @@ def test_driver_names_a_missing_configuration():
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and last.startswith("run_colbert.sh: error: configs/none.sh: no such config")
     assert "configs/demo.sh" in last
+
+
+def test_driver_says_what_it_is():
+    done = run_driver("--help")
+    assert done.returncode == 0 and done.stdout.startswith("From raw text to metrics: bash scripts/run_colbert.sh")
+    assert len(done.stdout.splitlines()) == 3
