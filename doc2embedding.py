@@ -47,7 +47,6 @@ if __name__ == "__main__":  # before the imports that take seconds: --help, or a
 
 import numpy as np
 import torch
-import transformers
 from accelerate import PartialState
 
 from model import ColBERT
@@ -249,8 +248,6 @@ def main(args):
     check_launch()
     if args.nlist and not args.bits:
         raise InputError("--nlist says nothing without --bits: leave it out, or give --bits")
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     # Only where it knows that it is on CPUs does accelerate let several processes find each other.
     state = PartialState(cpu=args.cpu or not torch.accelerator.is_available())
     tokens_meta = read_meta(args.tokens_dir, "tokens", "tsv2mmap.py", check=args.verify)

@@ -76,12 +76,11 @@ if __name__ == "__main__":  # before the imports that take seconds: --help, or a
 
 import numpy as np
 import torch
-import transformers
 from accelerate import PartialState
 from torch import Tensor
 
 from model import ColBERT
-from nanocolbert.checkpoints.layouts import model_fingerprint, model_of
+from nanocolbert.checkpoints.layouts import check_made_by, model_of
 from nanocolbert.compute import default_device
 from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.index.exact import ExactIndex
@@ -139,11 +138,7 @@ class Searcher:
         return self._load(model_of(self.index_dir, self.meta))
 
     def _load(self, folder) -> ColBERT:
-        if model_fingerprint(folder) != self.meta["model_fingerprint"]:
-            raise InputError(
-                f"{self.index_dir}: made from another model ({self.meta['model']}) than {folder}: search with that, or "
-                "run doc2embedding.py and build_index.py again"
-            )
+        check_made_by(folder, self.index_dir, self.meta)
         model = ColBERT.from_pretrained(folder, device=self.device)
         model.check_tokenizer(self.index_dir, self.meta)
         return model
@@ -294,8 +289,6 @@ def search_all(searcher: Searcher, queries: dict[str, str], candidates, args) ->
 
 def main(args):
     check_launch()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     state = PartialState(cpu=args.cpu or not torch.accelerator.is_available())  # else processes do not find each other
     check_file(args.queries, "queries: qid, query")
     if args.candidates:

@@ -131,7 +131,6 @@ if __name__ == "__main__":  # before the imports that take seconds: --help, or a
 
 import numpy as np
 import torch
-import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from transformers import AutoConfig
@@ -260,8 +259,6 @@ def main(args):
         step_scheduler_with_optimizer=False,
         log_with="wandb" if args.wandb_mode != "disabled" else None,
     )
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     try:
         with claim(accelerator, args):
             return fit(accelerator, args, started)
@@ -352,8 +349,7 @@ def fit(accelerator: Accelerator, args, started: float) -> dict | None:
     log.bar.close()
     if stop:
         end_early(accelerator, stop, step)
-    facts = {"steps": step, "train_seconds": round(time.time() - clock, 2)}
-    return finish(accelerator, model, args, tokens_meta, log, started, facts)
+    return finish(accelerator, model, args, tokens_meta, log, started, time.time() - clock)
 
 
 def end_early(accelerator: Accelerator, stop: int, step: int) -> None:
@@ -364,7 +360,9 @@ def end_early(accelerator: Accelerator, stop: int, step: int) -> None:
     cli.end(128 + stop)
 
 
-def finish(accelerator: Accelerator, model: ColBERT, args, tokens_meta: dict, log: Log, started: float, facts) -> dict:
+def finish(
+    accelerator: Accelerator, model: ColBERT, args, tokens_meta: dict, log: Log, started: float, seconds
+) -> dict:
     """Draw loss.png and publish the model, in the main process; returns what to report."""
     accelerator.wait_for_everyone()
     result = None
@@ -373,11 +371,11 @@ def finish(accelerator: Accelerator, model: ColBERT, args, tokens_meta: dict, lo
         facts = {
             "base_model": args.base_model,
             "tokens_fingerprint": tokens_meta["fingerprint"],
-            "steps": facts["steps"],
+            "steps": log.step,
             "processes": accelerator.num_processes,
             "threads": torch.get_num_threads(),
             "mixed_precision": accelerator.mixed_precision,
-            "train_seconds": facts["train_seconds"],
+            "train_seconds": round(seconds, 2),
             "loss_of_last_100_steps": round(float(np.mean(losses)), 4) if losses else None,
             "best_dev_mrr@10": log.best_mrr if args.dev_queries else None,
         }

@@ -32,7 +32,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from nanocolbert.cli import InputError, catch_signals, cores, maxlen, positive, run_stage
+from nanocolbert.cli import InputError, catch_signals, cores, held, maxlen, positive, run_stage
 
 if __name__ == "__main__":  # before the imports that take a second
     catch_signals()
@@ -59,7 +59,9 @@ class TokenWriter:
 
     def append(self, texts: list[str]) -> None:
         self.n_texts += len(texts)
-        with unheard(signal.SIGINT):  # by the workers that are started here: the parent ends them
+        # This may start workers. They never hear Ctrl-C: the parent ends them. And it is not interrupted by what another
+        # thread hears: the pool would not know of a worker that is half started.
+        with unheard(signal.SIGINT), held():
             self.pending.append(self.pool.submit(tokenize_chunk, texts, self.kind))
         if len(self.pending) > self.n_ahead:  # bounds what is read ahead
             self._write_one()

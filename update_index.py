@@ -37,10 +37,9 @@ def parse_args():
 if __name__ == "__main__":  # before the imports that take seconds: --help, or a wrong flag, is answered at once
     ARGS = cli.start(parse_args)
 
-import transformers
 
 from model import ColBERT
-from nanocolbert.checkpoints.layouts import model_fingerprint, model_of
+from nanocolbert.checkpoints.layouts import check_made_by, model_of
 from nanocolbert.compute import default_device
 from nanocolbert.index import changes
 from nanocolbert.index.compressed import CompressedIndex
@@ -100,8 +99,6 @@ def read_pids(path) -> tuple[list[str], list[str]]:
 
 def main(args):
     started = time.time()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     meta = read_meta(args.index_dir, "index", "build_index.py", check=args.verify)
     if meta["method"] != "codes":
         raise InputError(f"{args.index_dir}: IVFPQ, which is not changed: build it anew, or with --method codes")
@@ -111,8 +108,7 @@ def main(args):
         changed = changes.delete(args.index_dir, *read_pids(args.delete))
     else:
         folder = args.model or model_of(args.index_dir, meta)
-        if model_fingerprint(folder) != meta["model_fingerprint"]:
-            raise InputError(f"{args.index_dir}: made from another model ({meta['model']}) than {folder}")
+        check_made_by(folder, args.index_dir, meta)
         check_file(args.add, "collection: pid, passage")
         if args.verify and (Path(folder) / "meta.json").is_file():  # it comes with checksums
             verify(folder)

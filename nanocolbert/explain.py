@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from nanocolbert.cli import InputError
-from nanocolbert.text import FRAME, prepare_texts, tokenize
+from nanocolbert.text import prepare_texts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -192,23 +192,22 @@ def explain(model, query: str, passage) -> Explanation:
         raise InputError(
             f"passage {passage.pid}: its text is not at hand: give the text itself, or Searcher the collection's file"
         )
-    config, queries, passages = model.config, model.encode_queries([query]), model.encode_passages([text])
-    scored = queries[0].any(-1)  # (Lq,) not where the query is padded
-    (query,), (text,) = (
-        prepare_texts([query], "query", config.texts()),
-        prepare_texts([text], "passage", config.texts()),
-    )
-    ids, _ = model.frame_queries(*tokenize(model.backend, [query], config.pieces("query") + FRAME))
+    ids, _ = model.frame_queries(*model.tokenize([query], "query"))
+    passage_ids, mask = model.frame_passages(*model.tokenize([text], "passage"))
+    vectors = model.encode_queries([query])[0, : ids.shape[1]]  # (Lq, D) without the rows that pad a shorter query
+    scored = vectors.any(-1)  # (Lq,)
+    (passage_vectors,) = model.encode_passages([text])  # (Ld, D)
+    is_fill = ids[0] == model.config.mask_token_id  # no text holds that id
+    (query,) = prepare_texts([query], "query", model.config.texts())
+    (text,) = prepare_texts([text], "passage", model.config.texts())
     query_tokens = spell(model, query, ids[0].tolist(), "query")
-    is_fill = (ids[0] == config.mask_token_id).numpy()  # no text holds that id
-    ids, mask = model.frame_passages(*tokenize(model.backend, [text], config.pieces("passage") + FRAME))
-    tokens = spell(model, text, ids[0].tolist(), "passage")
+    tokens = spell(model, text, passage_ids[0].tolist(), "passage")
     return Explanation(
         text,
-        [token for token, is_scored in zip(query_tokens, scored.tolist(), strict=False) if is_scored],
-        [tokens[at] for at in model.kept(ids, mask)[0].nonzero()[:, 0].tolist()],
-        is_fill[scored[: len(is_fill)].numpy()],
-        (queries[0][scored] @ passages[0].float().T).numpy(),
+        [query_tokens[at] for at in scored.nonzero()[:, 0].tolist()],
+        [tokens[at] for at in model.kept(passage_ids, mask)[0].nonzero()[:, 0].tolist()],
+        is_fill[scored].numpy(),
+        (vectors[scored] @ passage_vectors.float().T).numpy(),
     )
 
 

@@ -119,7 +119,7 @@ def changes(before: dict, now: dict) -> list[str]:
             found += [f"{a[0]} has changed" for a, b in zip(old, new, strict=True) if b[1] not in (None, a[1])]
         elif [b for _, b in old] != [b for _, b in new] or None in [b for _, b in new]:
             found.append(f"{given}, was {was.removeprefix(flag).strip()}")
-            if any(" bytes" in (a or "") and not b for (_, a), (_, b) in zip(old, new, strict=False)):
+            if any(" bytes" in (a or "") and not b for (_, a), (_, b) in zip(old, new, strict=False)):  # what both name
                 fail(f"{found[-1]}: no such file")  # before anything is removed
     return found
 

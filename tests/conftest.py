@@ -238,3 +238,13 @@ def codes_dir(tmp_path_factory, embedding_dir) -> Path:
 @pytest.fixture(scope="session")
 def search_arguments(index_dir, model_dir, toy_dir) -> list:
     return ["--cpu", "--model", model_dir, "--index_dir", index_dir, "--queries", toy_dir / "queries.tsv", "--k", 15]
+
+
+@pytest.fixture(scope="session")
+def codec():
+    """A Codec of 4 bits for the passages of tests/index/made.py; not to be changed."""
+    from made import NLIST, make_passages
+
+    from nanocolbert.index.codec import Codec
+
+    return Codec.train(*make_passages(300, 1), 4, NLIST, seed=0)

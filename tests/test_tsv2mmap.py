@@ -14,10 +14,11 @@ import pytest
 from conftest import ROOT, call_stage, run_stage_cli, succeed, toy_inputs
 from tqdm import tqdm
 
+from nanocolbert import cli
 from nanocolbert.encoder.pretrained import load_tokenizer
 from nanocolbert.storage.ragged import Ids, Ragged
 from nanocolbert.storage.tsv import read_id_text
-from tsv2mmap import TextRows, below_a_bar
+from tsv2mmap import TextRows, TokenWriter, below_a_bar
 
 DOC_MAXLEN, QUERY_MAXLEN, FRAME = 180, 32, 3
 FILES = [
@@ -303,3 +304,18 @@ def test_bars(tmp_path, monkeypatch):
     assert len(list(below_a_bar(tmp_path / "c.tsv", read, 7))) == 7
     size = (tmp_path / "c.tsv").stat().st_size
     assert [(bar.n, bar.total, bar.unit) for bar in bars] == [(size, size, "B"), (7, 7, " rows")]
+
+
+def test_a_signal_waits_until_a_worker_is_started(tmp_path):
+    """Heard by another thread, it would end the parent between a worker's start and the pool's knowing of it."""
+    heard = []
+
+    class Pool:
+        def submit(self, *job):
+            cli._held.append(15)  # as the handler does
+            heard.append(job)
+
+    writer = TokenWriter(tmp_path / "passages", Pool(), 9, "uint16", "passage")
+    with pytest.raises(SystemExit) as ended:
+        writer.append(["a text"])
+    assert ended.value.code == 143 and len(heard) == len(writer.pending) == 1

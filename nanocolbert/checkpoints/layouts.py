@@ -119,6 +119,15 @@ def model_of(folder, meta: dict) -> str:
     raise InputError(f"{folder}: its model, {meta['model']}, is not there: give its folder as model (--model)")
 
 
+def check_made_by(model, folder, meta: dict) -> None:
+    """Raise InputError unless embeddings or an index, whose meta.json is `meta`, were made by this model."""
+    if model_fingerprint(model) != meta["model_fingerprint"]:
+        raise InputError(
+            f"{folder}: made from another model ({meta['model']}) than {model}: take that, or run doc2embedding.py "
+            "and build_index.py again"
+        )
+
+
 def weights_in(folder: Path) -> list[Path]:
     """The files of weights that are read of a folder: pickles only where there are no others."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))

@@ -5,9 +5,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nanocolbert.checkpoints.parts import check_keys, must_be
+from nanocolbert.checkpoints.parts import Checkpoint, check_keys, must_be
 from nanocolbert.cli import InputError
-from nanocolbert.encoder.pretrained import read_settings, read_weights
+from nanocolbert.encoder.pretrained import load_config, read_settings, read_weights
 from nanocolbert.encoder.projection import ACTIVATIONS
 from nanocolbert.storage.artifact import read_json, write_json
 
@@ -38,7 +38,7 @@ def read_modules(path: Path, allowed: tuple[str, ...], ignored: tuple[str, ...] 
     return modules
 
 
-def check_transformer(path: Path, modules) -> dict:
+def check_transformer(path: Path) -> dict:
     """sentence_bert_config.json. Raises InputError on what would change texts or the encoder."""
     where = path / "sentence_bert_config.json"
     used = {"max_seq_length": None, "query_length": None, "document_length": None, "query_expansion": None}
@@ -53,7 +53,14 @@ def check_transformer(path: Path, modules) -> dict:
     return found
 
 
-def dense_settings(path: Path, modules, defaults: dict) -> dict:
+def with_dense(path: Path, settings: dict, tokenizer, modules, defaults: dict) -> Checkpoint:
+    """A checkpoint whose projection is the Dense modules; `defaults` of keys that their settings may lack."""
+    settings = settings | dense_settings(modules, defaults)
+    projection = projection_weights(modules, settings["dense"])
+    return Checkpoint(settings, projection, tokenizer, load_config(path), read_weights(path))
+
+
+def dense_settings(modules, defaults: dict) -> dict:
     """`dim` and `dense` of ColBERTConfig from the Dense modules; `defaults` of keys that may be missing."""
     layers = []
     for folder in (folder for name, folder in modules if name == "Dense"):
@@ -71,7 +78,7 @@ def dense_settings(path: Path, modules, defaults: dict) -> dict:
     return {"dim": layers[-1]["out_features"], "dense": None if plain == [True] else layers}
 
 
-def projection_weights(path: Path, modules, dense: list[dict] | None) -> dict[str, Tensor]:
+def projection_weights(modules, dense: list[dict] | None) -> dict[str, Tensor]:
     """Weights of the Dense modules under our names."""
     weights = {}
     for i, folder in enumerate(folder for name, folder in modules if name == "Dense"):

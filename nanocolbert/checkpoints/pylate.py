@@ -3,14 +3,7 @@
 import string
 from pathlib import Path
 
-from nanocolbert.checkpoints.modules import (
-    ST_KNOWN,
-    check_transformer,
-    dense_settings,
-    projection_weights,
-    read_modules,
-    save_modules,
-)
+from nanocolbert.checkpoints.modules import ST_KNOWN, check_transformer, read_modules, save_modules, with_dense
 from nanocolbert.checkpoints.parts import (
     Checkpoint,
     check_keys,
@@ -21,7 +14,7 @@ from nanocolbert.checkpoints.parts import (
     token_id,
     without_prompts,
 )
-from nanocolbert.encoder.pretrained import load_config, load_tokenizer, read_settings, read_weights
+from nanocolbert.encoder.pretrained import load_tokenizer, read_settings
 from nanocolbert.storage.artifact import write_json
 
 
@@ -34,7 +27,7 @@ def read_pylate(path: Path) -> Checkpoint:
     found = check_keys(where, read_settings(where), used, ST_KNOWN)
     found = {key: used.get(key) if value is None else value for key, value in found.items()}  # null: PyLate's default
     modules = read_modules(path, ("Transformer", "Dense"), ignored=("MultiVectorMask", "Normalize"))
-    check_transformer(path, modules)
+    check_transformer(path)
     tokenizer = load_tokenizer(path)
     prompt = ""
     if found["default_prompt_name"] is not None:
@@ -54,11 +47,8 @@ def read_pylate(path: Path) -> Checkpoint:
     }
     for kind, key in (("query", "query_prefix"), ("passage", "document_prefix")):
         settings[f"{kind}_marker_id"] = token_id(where, tokenizer, found[key]) if found[key] else None
-
-    settings |= dense_settings(path, modules, {"bias": True, "activation_function": ...})
     check_markers(path, settings, tokenizer)
-    projection = projection_weights(path, modules, settings["dense"])
-    return Checkpoint(settings, projection, tokenizer, load_config(path), read_weights(path))
+    return with_dense(path, settings, tokenizer, modules, {"bias": True, "activation_function": ...})
 
 
 def save_pylate(model, tokenizer, path: Path) -> None:

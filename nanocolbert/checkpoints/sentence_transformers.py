@@ -4,14 +4,7 @@ from pathlib import Path
 
 from transformers import AddedToken
 
-from nanocolbert.checkpoints.modules import (
-    ST_KNOWN,
-    check_transformer,
-    dense_settings,
-    projection_weights,
-    read_modules,
-    save_modules,
-)
+from nanocolbert.checkpoints.modules import ST_KNOWN, check_transformer, read_modules, save_modules, with_dense
 from nanocolbert.checkpoints.parts import (
     Checkpoint,
     agree,
@@ -23,7 +16,7 @@ from nanocolbert.checkpoints.parts import (
     token_of,
 )
 from nanocolbert.cli import InputError
-from nanocolbert.encoder.pretrained import load_config, load_tokenizer, read_settings, read_weights
+from nanocolbert.encoder.pretrained import load_config, load_tokenizer, read_settings
 from nanocolbert.storage.artifact import write_json
 
 
@@ -35,7 +28,7 @@ def read_sentence_transformers(path: Path) -> Checkpoint:
     names = [name for name, _ in modules]
     if "Normalize" in names and "Dense" in names[names.index("Normalize") :]:
         raise InputError(f"{path / 'modules.json'}: a Dense after Normalize cannot be honoured here")
-    transformer = check_transformer(path, modules)
+    transformer = check_transformer(path)
     tokenizer = load_tokenizer(path)
     expansion = transformer["query_expansion"]
     settings = {"query_maxlen": transformer["query_length"], "doc_maxlen": transformer["document_length"]}
@@ -64,9 +57,7 @@ def read_sentence_transformers(path: Path) -> Checkpoint:
     settings["normalize"] = "Normalize" in names
     for kind, name in (("query", "query"), ("passage", "document")):
         settings |= split_prompt(where, settings, tokenizer, kind, found["prompts"].get(name) or "")
-    settings |= dense_settings(path, modules, {"bias": True, "activation_function": "torch.nn.Tanh"})
-    projection = projection_weights(path, modules, settings["dense"])
-    return Checkpoint(settings, projection, tokenizer, load_config(path), read_weights(path))
+    return with_dense(path, settings, tokenizer, modules, {"bias": True, "activation_function": "torch.nn.Tanh"})
 
 
 def mask_settings(path: Path, modules, tokenizer) -> dict:

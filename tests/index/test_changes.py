@@ -13,7 +13,6 @@ import torch
 from conftest import ROOT
 from made import (
     EVERYTHING,
-    NLIST,
     block,
     change,
     check_against,
@@ -31,11 +30,6 @@ from nanocolbert.index.codec import Codec
 from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.index.knobs import effort_for
 from nanocolbert.index.segments import read_state
-
-
-@pytest.fixture(scope="module")
-def codec() -> Codec:
-    return Codec.train(*make_passages(300, 1), 4, NLIST, seed=0)
 
 
 def test_random_changes_against_a_dictionary(codec, tmp_path):

@@ -12,23 +12,16 @@ from made import (
     check_against,
     decoded,
     make_index,
-    make_passages,
     make_query,
     rank_one,
     search_one,
 )
 
 from nanocolbert.index.changes import add
-from nanocolbert.index.codec import Codec
 from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.index.gpu_index import GpuIndex
 from nanocolbert.index.knobs import QUALITY, Effort, effort_for
 from nanocolbert.maxsim import maxsim_packed
-
-
-@pytest.fixture(scope="module")
-def codec() -> Codec:
-    return Codec.train(*make_passages(300, 1), 4, NLIST, seed=0)
 
 
 @pytest.mark.parametrize("n_tokens", [3, 32, 70])

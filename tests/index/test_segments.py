@@ -8,23 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made import EVERYTHING, NLIST, block, change, make_index, make_passages, make_query, put, search_one
+from made import EVERYTHING, block, change, make_index, make_query, put, search_one
 
 from nanocolbert.cli import InputError
 from nanocolbert.index import compressed
 from nanocolbert.index.changes import add, compact, delete
-from nanocolbert.index.codec import Codec
 from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.index.segments import read_state
 from nanocolbert.storage.artifact import read_meta, verify, write_meta
 from nanocolbert.storage.checksums import check_sums
 
 SEGMENT = "segments/2/"
-
-
-@pytest.fixture(scope="module")
-def codec() -> Codec:
-    return Codec.train(*make_passages(300, 1), 4, NLIST, seed=0)
 
 
 @pytest.fixture(scope="module")
