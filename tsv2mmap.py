@@ -59,8 +59,8 @@ class TokenWriter:
 
     def append(self, texts: list[str]) -> None:
         self.n_texts += len(texts)
-        # This may start workers. They never hear Ctrl-C: the parent ends them. It is not interrupted by what another thread
-        # hears, either: the pool would not know of a worker that is half started.
+        # This may start workers. They never hear Ctrl-C: the parent ends them. And what another thread hears does not
+        # interrupt it: the pool would not know of a worker that is half started.
         with unheard(signal.SIGINT), held():
             self.pending.append(self.pool.submit(tokenize_chunk, texts, self.kind))
         if len(self.pending) > self.n_ahead:  # bounds what is read ahead
