@@ -32,6 +32,7 @@ MAY_KNOW = {
     "checkpoints": (*GROUND, "storage", "text", "config", "encoder"),
     "index": (*GROUND, "storage", "maxsim"),
     "training": (*GROUND, "storage", "maxsim", "text", "config", "encoder"),
+    "indexing": (*GROUND, "storage", "text", "checkpoints", "index"),
     "explain": (*GROUND, "storage", "maxsim", "text", "config"),
 }
 MAY_KNOW = {f"nanocolbert.{name}": {f"nanocolbert.{other}" for other in others} for name, others in MAY_KNOW.items()}
