@@ -90,7 +90,8 @@ from nanocolbert.index.ranking import Ranking
 from nanocolbert.progress import progress
 from nanocolbert.storage import runs, shares
 from nanocolbert.storage.artifact import check_file, check_output_file, peak_memory_mb, read_meta, verify
-from nanocolbert.storage.tsv import Collection, find_collection, read_queries
+from nanocolbert.storage.documents import read_queries
+from nanocolbert.storage.tsv import Collection, find_collection
 from nanocolbert.text import check_texts
 
 KNOBS = tuple(dict.fromkeys((*Effort._fields, *Depths._fields)))

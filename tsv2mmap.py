@@ -3,8 +3,9 @@
     python tsv2mmap.py --collection data/msmarco/collection.tsv --queries data/msmarco/queries.train.tsv \
         --triples data/msmarco/triples.train.small.tsv --tokenizer bert-base-uncased --output_dir tokens
 
-reads   collection.tsv (pid, passage), queries.tsv (qid, query), triples.tsv (three texts, or ids: query, positive
-        and one or more negatives); each may be .gz
+reads   a collection (pid, passage) and queries (qid, query): .tsv, .csv or .jsonl, each also .gz, or .parquet; fields
+        by their usual names, or the collection's named by flags; a title is put before the text. triples.tsv, maybe
+        .gz (three texts, or ids: query, positive and one or more negatives)
 writes  tokens/passages, tokens/queries (ragged word pieces without special tokens, uint16 or uint32),
         tokens/pids.npy, tokens/qids.npy, tokens/triples.npy (int32 rows, in file order)
 
@@ -32,7 +33,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from nanocolbert.cli import InputError, catch_signals, cores, held, maxlen, positive, run_stage
+from nanocolbert.cli import InputError, catch_signals, cores, count, held, maxlen, positive, run_stage
 
 if __name__ == "__main__":  # before the imports that take a second
     catch_signals()
@@ -41,8 +42,9 @@ import numpy as np
 
 from nanocolbert.progress import progress
 from nanocolbert.storage.artifact import check_file, check_output_dir, fingerprint, publish, seen_from, write_meta
+from nanocolbert.storage.documents import USUAL, Fields, read_documents, read_passages
 from nanocolbert.storage.ragged import Ids, IdWriter, NpyWriter, RaggedWriter
-from nanocolbert.storage.tsv import batched, open_bytes, read_id_text, read_lines, read_rows
+from nanocolbert.storage.tsv import batched, open_bytes, read_lines, read_rows
 from nanocolbert.text import own_backend, prepare_texts, tokenize, tokenizer_fingerprint
 
 CHUNK = 2000  # texts handed to a worker at a time
@@ -169,24 +171,28 @@ def below_a_bar(path, read: Callable, limit: int | None = None) -> Iterator:
         yield from read(lambda n: bar.update(n - bar.n))
 
 
-def convert_texts(path, what: str, writer: TokenWriter, ids: IdWriter, text_rows: TextRows | None) -> None:
-    """Write a file of (id, text) as word pieces and ids. Raises InputError, also on a repeated id."""
-    for chunk in batched(below_a_bar(path, lambda tell: read_id_text(path, what, tell)), CHUNK):
-        texts = [text for _, _, text in chunk]
+def convert_texts(path, what: str, how: tuple, writer: TokenWriter, ids: IdWriter, text_rows: TextRows | None) -> None:
+    """Write a file, read as `how` says, as word pieces and ids. Raises InputError, also on a repeated id."""
+    for chunk in batched(below_a_bar(path, lambda tell: read_passages(path, what, *how, tell)), CHUNK):
+        texts = [document.text for document in chunk]
         if text_rows is not None:
             hashes = hash_texts(texts)
             text_rows.find(hashes)  # keeps the recent ones few
             text_rows.add(hashes, writer.n_texts)
-        ids.append([identifier for _, identifier, _ in chunk])
+        ids.append([document.id for document in chunk])
         writer.append(texts)
     ids.close()
     if not writer.n_texts:
         raise InputError(f"{path}: empty, expected {what}")
     repeated = Ids(ids.path).duplicate()
     if repeated:
-        identifier, first, second = repeated
+        identifier, *rows = repeated
+        lines = [row + 1 for row in rows]
+        if os.path.isfile(path):  # it can be read again: rows are not lines below a header, or where texts have several
+            upto = enumerate(itertools.islice(read_passages(path, what, *how), rows[1] + 1))
+            lines = [document.number for row, document in upto if row in rows]
         raise InputError(
-            f"{path}:{second + 1}: id {identifier!r} a second time (first on line {first + 1}): ids must be unique"
+            f"{path}:{lines[1]}: id {identifier!r} a second time (first on line {lines[0]}): ids must be unique"
         )
 
 
@@ -207,9 +213,9 @@ def guess_format(path, queries, collection, limit: int | None) -> str:
         )
     first = {fields[0] for fields in lines}
     known = {"id": 0, "text": 0}
-    for _, qid, query in read_id_text(queries, "queries: qid, query"):
-        known["id"] += qid in first
-        known["text"] += query in first
+    for query in read_documents(queries, "queries: qid, query"):
+        known["id"] += query.id in first
+        known["text"] += query.text in first
     if not lines or (known["id"] > 0) != (known["text"] > 0):
         return "text" if known["text"] else "id"
     raise InputError(
@@ -278,7 +284,17 @@ def check_inputs(args) -> None:
         check_file(path, "input of tsv2mmap.py")
     if not inputs or (args.triples is None and args.collection is None):
         raise InputError("nothing to do: give --collection, or --triples, or both")
+    fields, words, overlap = how_to_read(args)
+    if args.collection is None and (words or fields != USUAL):
+        raise InputError("--passage_words, --id_field, --title_field and --text_field are of a --collection: give it")
+    if overlap >= (words or 1):
+        raise InputError(f"--overlap {overlap}: give --passage_words above it")
     check_output_dir(args.output_dir, "tokens", *inputs, args.tokenizer)
+
+
+def how_to_read(args) -> tuple[Fields, int | None, int]:
+    """What the collection's fields are called, and the words and the overlap of the passages that it is cut to."""
+    return Fields(args.id_field, args.title_field, args.text_field), args.passage_words, args.overlap
 
 
 def format_of_triples(args) -> str | None:
@@ -297,13 +313,13 @@ def convert(args, folder: Path, triples_format: str | None, writers: dict[str, T
     """Write all that was given, through the writers, which are closed; returns how many there are of each."""
     counts = {}
     tables = {kind: TextRows() if triples_format == "text" else None for kind in writers}
-    for kind, name, path, what in (
-        ("query", "qids", args.queries, "queries: qid, query"),
-        ("passage", "pids", args.collection, "collection: pid, passage"),
+    for kind, name, path, what, how in (
+        ("query", "qids", args.queries, "queries: qid, query", (USUAL, None, 0)),
+        ("passage", "pids", args.collection, "collection: pid, passage", how_to_read(args)),
     ):
         ids = IdWriter(folder / f"{name}.npy")
         if path:
-            convert_texts(path, what, writers[kind], ids, tables[kind])
+            convert_texts(path, what, how, writers[kind], ids, tables[kind])
         else:
             ids.close()
         counts[name] = writers[kind].n_texts
@@ -347,6 +363,9 @@ def main(args):
             "dtype": dtype,
             "counts": counts,
             "passage_tokens": int(writers["passage"].writer.values.n_rows),
+            "fields": how_to_read(args)[0]._asdict(),
+            "passage_words": args.passage_words,
+            "overlap": args.overlap,
             "collection_path": seen_from(args.output_dir, args.collection) if args.collection else None,
             "bytes": sum(path.stat().st_size for path in arrays),
         }
@@ -358,8 +377,9 @@ def main(args):
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--collection", type=Path, help="pid, passage (.tsv or .tsv.gz)")
-    parser.add_argument("--queries", type=Path, help="qid, query of the training queries")
+    files = ".tsv, .csv, .jsonl, each also .gz, or .parquet"
+    parser.add_argument("--collection", type=Path, help=f"ids and texts, maybe titles and more: {files}")
+    parser.add_argument("--queries", type=Path, help=f"ids and texts of the training queries: {files}")
     parser.add_argument("--triples", type=Path, help="query, positive, negative: texts, or ids with 1+ negatives")
     parser.add_argument(
         "--triples_format",
@@ -367,6 +387,15 @@ def parse_args():
         default="auto",
         help="auto: ids if --collection and --queries are given and the first line has no spaces",
     )
+    # of the collection
+    parser.add_argument("--id_field", help="field of the ids (default: id, _id, docno or another usual name)")
+    parser.add_argument("--title_field", help="field of the titles, which are put before the texts (default: title)")
+    parser.add_argument("--text_field", help="field of the texts (default: text, contents or another usual name)")
+    parser.add_argument(
+        "--passage_words", type=positive, help="cut documents to passages of N words, at sentence ends: ids doc#1, ..."
+    )
+    parser.add_argument("--overlap", type=count, default=0, help="words that passages begin before the last one's end")
+    # of the triples
     parser.add_argument("--max_triples", type=positive, help="read only the first N triples (default: all)")
     parser.add_argument("--tokenizer", required=True, help="model whose tokenizer to use: folder, hub name, .dnn file")
     parser.add_argument(

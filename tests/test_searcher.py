@@ -12,7 +12,7 @@ from conftest import call_stage, succeed
 from test_retrieve import read_scores, unlist
 
 from nanocolbert.cli import InputError
-from nanocolbert.storage.tsv import read_queries
+from nanocolbert.storage.documents import read_queries
 from retrieve import Searcher
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from nanocolbert.cli import InputError
 from nanocolbert.storage import tsv
-from nanocolbert.storage.tsv import Collection, count_lines, read_id_text, read_queries, read_rows
+from nanocolbert.storage.tsv import Collection, count_lines, read_id_text, read_rows
 
 
 def write(path, content: bytes):
@@ -56,7 +56,7 @@ def test_errors_name_the_line(tmp_path, content, message):
 @pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz"])
 def test_a_byte_order_mark_is_no_part_of_an_id(tmp_path, name):
     path = write(tmp_path / name, b"\xef\xbb\xbfq1\tone\nid\ttwo\n")
-    assert read_queries(path) == {"q1": "one", "id": "two"}  # a header is a first line
+    assert list(read_id_text(path, "collection")) == [(1, "q1", "one"), (2, "id", "two")]  # a header is a first line
     assert [Collection(path)[row] for row in (0, 1)] == [("q1", "one"), ("id", "two")]
 
 
@@ -77,13 +77,6 @@ def test_damaged_gzip_is_an_input_error(tmp_path):
         (tmp_path / "bits.gz").write_bytes(damaged)
         with pytest.raises(InputError):
             list(read_rows(tmp_path / "bits.gz", "a, b", "collection"))
-
-
-def test_read_queries(tmp_path):
-    path = write(tmp_path / "q.tsv", b"9\tnine\nx\t\n1\tone  two\n")
-    assert list(read_queries(path).items()) == [("9", "nine"), ("x", ""), ("1", "one  two")]
-    with pytest.raises(InputError, match=r"q\.tsv:3: qid 'a' a second time"):
-        read_queries(write(path, b"a\tx\nb\ty\na\tx\n"))
 
 
 @pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz"])
