@@ -20,10 +20,11 @@ from nanocolbert.storage.artifact import check_file
 BLOCK = 1 << 22  # bytes looked through at a time
 TOLD = 1000  # lines between two words of how far a reader has come
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-HEADERS = {  # what the first field of a header line is called
-    *("id", "_id", "pid", "qid", "did", "docid", "doc_id", "docno", "passageid", "passage_id", "queryid", "query_id"),
-    *("query-id", "corpus-id"),
-}
+PASSAGE_IDS = (  # what ids of passages are called
+    *("_id", "id", "pid", "docid", "doc_id", "docno", "did", "passage_id", "passageid", "corpus-id"),
+)
+QUERY_IDS = ("qid", "query_id", "queryid", "query-id")
+HEADERS = {*PASSAGE_IDS, *QUERY_IDS}  # what the first field of a header line is called
 
 
 @contextlib.contextmanager
@@ -109,16 +110,6 @@ def check_id(path, number: int, identifier: str) -> None:
         raise InputError(f"{path}:{number}: id {identifier!r} has a control character: give ids without")
     if len(identifier.encode()) > 256:
         raise InputError(f"{path}:{number}: id of {len(identifier.encode())} bytes, at most 256 can be stored")
-
-
-def read_queries(path) -> dict[str, str]:
-    """Queries as {qid: text}, in file order; an empty query is fine. Raises InputError on a duplicate qid."""
-    queries = {}
-    for number, qid, text in read_id_text(path, "queries: qid, query"):
-        if qid in queries:
-            raise InputError(f"{path}:{number}: qid {qid!r} a second time: a qid names one query")
-        queries[qid] = text
-    return queries
 
 
 def count_lines(path) -> int:

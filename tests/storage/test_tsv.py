@@ -7,7 +7,7 @@ import pytest
 
 from nanocolbert.cli import InputError
 from nanocolbert.storage import tsv
-from nanocolbert.storage.tsv import count_lines, read_id_text, read_queries, read_rows
+from nanocolbert.storage.tsv import count_lines, read_id_text, read_rows
 
 
 def write(path, content: bytes):
@@ -55,7 +55,7 @@ def test_errors_name_the_line(tmp_path, content, message):
 @pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz"])
 def test_a_byte_order_mark_is_no_part_of_an_id(tmp_path, name):
     path = write(tmp_path / name, b"\xef\xbb\xbfq1\tone\nid\ttwo\n")
-    assert read_queries(path) == {"q1": "one", "id": "two"}  # a header is a first line
+    assert list(read_id_text(path, "collection")) == [(1, "q1", "one"), (2, "id", "two")]  # a header is a first line
 
 
 def test_missing_and_broken_files(tmp_path):
@@ -77,15 +77,6 @@ def test_damaged_gzip_is_an_input_error(tmp_path):
             list(read_rows(tmp_path / "bits.gz", "a, b", "collection"))
 
 
-def test_read_queries(tmp_path):
-    path = write(tmp_path / "q.tsv", b"9\tnine\nx\t\n1\tone  two\n")
-    assert list(read_queries(path).items()) == [("9", "nine"), ("x", ""), ("1", "one  two")]
-    with pytest.raises(InputError, match=r"q\.tsv:3: qid 'a' a second time"):
-        read_queries(write(path, b"a\tx\nb\ty\na\tx\n"))
-
-
-@pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz"])
-@pytest.mark.parametrize("end", ["", "\n"])
 @pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz"])
 def test_how_far_a_reader_has_come(tmp_path, name, monkeypatch):
     """In bytes on disk: of a .gz too, whose size unpacked nobody knows."""
