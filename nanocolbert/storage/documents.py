@@ -119,7 +119,7 @@ def find_fields(path, number: int, names: list[str], fields: Fields, usual) -> F
 
 
 def listed(names: list[str]) -> str:
-    shown = ", ".join(map(repr, names[:12]))
+    shown = ", ".join(map(repr, names[:12])) or "none"
     return f"{shown[:400]}{' ...' if len(names) > 12 or len(shown) > 400 else ''}"
 
 
@@ -295,14 +295,13 @@ def json_value(path, number: int, name: str, value):
     """A value of a table as JSON has it: a time as ISO 8601, a number that is none as null. Raises InputError."""
     if value is None or isinstance(value, str | bool | int):
         return value
-    if isinstance(value, float):
+    if isinstance(value, float | decimal.Decimal):
+        value = float(value)
         if math.isinf(value):
             raise InputError(f"{path}:{number}: {name!r} is {value}, no number of JSON's: mend it")
         return None if math.isnan(value) else value  # a data frame's missing value
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    if isinstance(value, decimal.Decimal):
-        return float(value)
     if isinstance(value, list | tuple):
         return [json_value(path, number, name, part) for part in value]
     if isinstance(value, dict):
