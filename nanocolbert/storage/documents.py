@@ -36,9 +36,8 @@ PART = re.compile(r"(?<=.)#[0-9]+\Z", re.DOTALL)
 # A word: what has no white space, or one character of a script that is written without, and the marks behind it.
 CJK, CLOSING = "\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff", "、。，．！？：；」』）】〉》｡…"
 WORD = re.compile(rf"[{CJK}][{CLOSING}]*|[^\s{CJK}]+")
-STOP = re.compile(r"[.!?…][\"'”’»)\]]*\Z")  # a word that may end a sentence
-FULL_STOP = re.compile(r"[。！？｡][\"'”’」』）】〉》]*\Z")  # one that does, white space or not
-LAST = frozenset(".!?…\"'”’»)]。！？｡」』）】〉》")  # what either ends in
+# Where a sentence may end: a blank line; a stop before white space; one of those scripts' stops, maybe in quotes.
+END = re.compile(r"\n\s*\n|[.!?…][\"'”’»)\]]*(?=\s)|[。！？｡][\"'”’」』）】〉》]*")
 BRIEF = re.compile(  # words with a dot, after which a sentence goes on
     r"\W*([^\W\d_]|[A-Za-z](\.[A-Za-z])+|Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|vs|Fig|Figs|Eq|No|Vol|al|cf|ca|approx)\.\Z"
 )
@@ -120,7 +119,7 @@ def find_fields(path, number: int, names: list[str], fields: Fields, usual) -> F
 
 
 def listed(names: list[str]) -> str:
-    shown = ", ".join(map(repr, names[:12]))
+    shown = ", ".join(map(repr, names[:12])) or "none"
     return f"{shown[:400]}{' ...' if len(names) > 12 or len(shown) > 400 else ''}"
 
 
@@ -296,14 +295,13 @@ def json_value(path, number: int, name: str, value):
     """A value of a table as JSON has it: a time as ISO 8601, a number that is none as null. Raises InputError."""
     if value is None or isinstance(value, str | bool | int):
         return value
-    if isinstance(value, float):
+    if isinstance(value, float | decimal.Decimal):
+        value = float(value)
         if math.isinf(value):
             raise InputError(f"{path}:{number}: {name!r} is {value}, no number of JSON's: mend it")
         return None if math.isnan(value) else value  # a data frame's missing value
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    if isinstance(value, decimal.Decimal):
-        return float(value)
     if isinstance(value, list | tuple):
         return [json_value(path, number, name, part) for part in value]
     if isinstance(value, dict):
@@ -373,20 +371,18 @@ def cut(document: Document, words: int, overlap: int = 0) -> Iterator[Document]:
 def sentence_ends(body: str, spans: list[tuple[int, int]]) -> list[int]:
     """How many words there are up to each end of a sentence, the text's own end last.
 
-    A blank line ends one. So does a word with a stop, unless it is short for another, or a small letter follows.
+    A stop ends none where its word is short for another, or a small letter follows.
     """
     ends, n = [], len(spans)
-    for i in range(n - 1):
-        (start, end), following = spans[i], spans[i + 1][0]
-        is_end = following > end + 1 and body.count("\n", end, following) > 1
-        if not is_end and body[end - 1] in LAST:
-            word = body[start:end]
-            is_end = FULL_STOP.search(word) or (
-                following > end and STOP.search(word) and not body[following].islower() and not BRIEF.match(word)
-            )
-        if is_end:
-            ends.append(i + 1)
-    return [*ends, n]
+    for found in END.finditer(body):
+        at = bisect.bisect_left(spans, (found.end(),))  # words that begin before
+        if not 0 < at < n or spans[at - 1][1] > found.end():
+            continue
+        start, end = spans[at - 1]
+        is_stop = found[0][0] in ".!?…"
+        if not (is_stop and (body[spans[at][0]].islower() or BRIEF.match(body, start, end))):
+            ends.append(at)
+    return [*dict.fromkeys(ends), n]
 
 
 def windows(ends: list[int], words: int, overlap: int) -> Iterator[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import decimal
 import gzip
 import json
 import random
@@ -292,6 +293,10 @@ def test_parquet(tmp_path, monkeypatch):
     named = read_documents(path, COLLECTION, Fields(id="year", text="title"))
     with pytest.raises(InputError, match=r"a\.parquet:2: 'year' is missing or null, not an id"):
         list(named)
+    nested = {"id": "a", "text": "b", "more": {"x": [decimal.Decimal("1.50"), None]}, "metadata": {"y": 1}}
+    parquet.write_table(table([nested]), tmp_path / "nested.parquet")
+    found = list(read_documents(tmp_path / "nested.parquet", COLLECTION))
+    assert found == [Document(1, "a", "b", {"more": {"x": [1.5, None]}, "y": 1})]
     (tmp_path / "cut.parquet").write_bytes(path.read_bytes()[:-20])
     write(tmp_path / "none.parquet", "id,text\n")
     parquet.write_table(table([{"id": "a", "text": "b", "image": b"x"}]), tmp_path / "b.parquet")
