@@ -24,7 +24,7 @@ from measure import DATA, REPO, add_results_flag, hardware, write_result
 
 from nanocolbert.storage.tsv import read_rows
 
-SEARCH = """from MODULE import Searcher
+SEARCH = """from search import Searcher
 print(Searcher(INDEX).search(QUERY, k=5)[0])"""
 STAGES = ("tokens", "embeddings", "index")
 
@@ -55,8 +55,7 @@ def run_index(command: list[str], folder: Path) -> tuple[float, dict[str, int]]:
 
 def first_search(index: Path, query: str) -> tuple[float, str]:
     """(seconds, what was printed) of the two lines in a new Python."""
-    module = "search" if (REPO / "search.py").exists() else "retrieve"
-    lines = SEARCH.replace("MODULE", module).replace("INDEX", repr(str(index))).replace("QUERY", repr(query))
+    lines = SEARCH.replace("INDEX", repr(str(index))).replace("QUERY", repr(query))
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", lines], cwd=REPO, capture_output=True, text=True)
     if done.returncode:

@@ -19,7 +19,7 @@ import pyterrier as pt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from retrieve import Searcher
+from search import Searcher
 
 
 class ColBERTRetriever(pt.Transformer):
@@ -45,7 +45,7 @@ class ColBERTReranker(pt.Transformer):
     """
 
     def __init__(self, index_dir, **effort):
-        self.searcher, self.effort = Searcher(index_dir), {"exact": True, "skip_unknown": True} | effort
+        self.searcher, self.effort = Searcher(index_dir), {"exact": True} | effort
 
     def __repr__(self) -> str:
         return f"ColBERTReranker({str(self.searcher.index_dir)!r})"

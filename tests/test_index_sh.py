@@ -26,7 +26,7 @@ def arguments(path) -> list[str]:
 
 
 def test_from_a_collection_to_a_search(folder, model_dir):
-    from retrieve import Searcher
+    from search import Searcher
 
     done = run_driver("a toy.tsv", model_dir, "an index", script="index.sh", cwd=folder)
     assert made(done) == [f"{folder}/an index/{stage}" for stage in STAGES]
