@@ -315,9 +315,9 @@ def main(args):
     check_inputs(args)
     from nanocolbert.checkpoints.layouts import read_tokenizer  # here: the workers, which import this, need no torch
 
-    tokenizer, texts = read_tokenizer(args.tokenizer)  # a ColBERT checkpoint may put prompts before its texts
+    tokenizer, texts, longest = read_tokenizer(args.tokenizer)  # a ColBERT checkpoint may put prompts before its texts
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
-    maxlen = {"query": args.query_maxlen, "passage": args.doc_maxlen}
+    maxlen = {"query": args.query_maxlen or longest["query"], "passage": args.doc_maxlen or longest["passage"]}
     triples_format = format_of_triples(args)
     with (
         publish(args.output_dir) as folder,
@@ -332,8 +332,8 @@ def main(args):
         facts = {
             "tokenizer": args.tokenizer,
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-            "query_maxlen": args.query_maxlen,
-            "doc_maxlen": args.doc_maxlen,
+            "query_maxlen": maxlen["query"],
+            "doc_maxlen": maxlen["passage"],
             "texts": texts,
             "dtype": dtype,
             "counts": counts,
@@ -371,9 +371,11 @@ def parse_args():
     parser.add_argument("--max_triples", type=positive, help="read only the first N triples (default: all)")
     parser.add_argument("--tokenizer", required=True, help="model whose tokenizer to use: folder, hub name, .dnn file")
     parser.add_argument(
-        "--query_maxlen", type=maxlen, default=32, help="tokens of a query with [CLS] [Q] [SEP] (default 32)"
+        "--query_maxlen",
+        type=maxlen,
+        help="tokens of a query with [CLS] [Q] [SEP] (default: as a ColBERT model reads, 32)",
     )
-    parser.add_argument("--doc_maxlen", type=maxlen, default=180, help="tokens of a passage, likewise (default 180)")
+    parser.add_argument("--doc_maxlen", type=maxlen, help="tokens of a passage, likewise (default: likewise, 180)")
     parser.add_argument(
         "--keep_texts",
         action=argparse.BooleanOptionalAction,

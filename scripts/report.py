@@ -16,7 +16,7 @@ from nanocolbert.storage.artifact import read_json
 from nanocolbert.storage.documents import document_of, read_documents, read_queries
 from nanocolbert.storage.runs import read_qrels, read_run
 
-COLUMNS = ("MRR@10", "Recall@50", "Recall@200", "Recall@1000", "nDCG@10")
+COLUMNS = ("MRR@10", "Recall@50", "Recall@100", "Recall@200", "Recall@1000", "nDCG@10")  # those that a system has
 
 
 def read_metrics(pair: str) -> tuple[str, dict[str, float]]:
@@ -32,9 +32,10 @@ def read_metrics(pair: str) -> tuple[str, dict[str, float]]:
 
 
 def print_table(systems: list[tuple[str, dict[str, float]]]) -> None:
-    print(" " * 24, *(f"{column:>11}" for column in COLUMNS))
+    columns = [column for column in COLUMNS if any(column in metrics for _, metrics in systems)]
+    print(" " * 24, *(f"{column:>11}" for column in columns))
     for name, metrics in systems:
-        values = (f"{metrics[column]:11.4f}" if column in metrics else f"{'–':>11}" for column in COLUMNS)
+        values = (f"{metrics[column]:11.4f}" if column in metrics else f"{'–':>11}" for column in columns)
         print(f"{name:<24}", *values)
 
 
