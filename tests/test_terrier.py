@@ -6,9 +6,9 @@ pt = pytest.importorskip("pyterrier", reason="PyTerrier is not installed: pip in
 
 import pandas as pd
 from pyterrier.measures import R, nDCG
-from search import Searcher
 
 from scripts.terrier import ColBERTReranker, ColBERTRetriever
+from search import Searcher
 
 TOPICS = pd.DataFrame([["q1", "a boat"], ["q2", "the drum"]], columns=["qid", "query"])
 

@@ -91,17 +91,6 @@ def check_header(path, number: int, field: str) -> None:
         raise InputError(f"{path}:1: a header line (it begins with {field!r}): remove it")
 
 
-def read_id_text(path, what: str, tell=None) -> Iterator[tuple[int, str, str]]:
-    """Yield (line number, id, text) of a collection or of queries. Raises InputError on an id that cannot be used.
-
-    tell: see `read_lines`.
-    """
-    for number, (identifier, text) in read_rows(path, "id, text", what, tell):
-        check_header(path, number, identifier)
-        check_id(path, number, identifier)
-        yield number, identifier, text
-
-
 def check_id(path, number: int, identifier: str) -> None:
     """Raise InputError unless the id is 1 to 256 bytes without white space (run files are split there), or control."""
     if not identifier or len(identifier.split()) != 1 or identifier.strip() != identifier:

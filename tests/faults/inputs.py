@@ -436,7 +436,7 @@ def rows() -> list[Bad]:
         *path_rows("added", "--add", "file"),
         *path_rows("added", "--index_dir", "folder", ("ivfpq", "tokens", "embeddings")),
         *path_rows("deleted", "--delete", "file"),
-        *text_rows("added", "more.tsv", "pid\tpassage", "new\ta text", 2, with_header="clear"),
+        *text_rows("added", "more.tsv", "pid\tpassage", "new\ta text", 2),
         Bad("added", "a passage that is there", words="p10", setup=last("more.tsv", "p10\ta text\n")),
         Bad("added", "without --model", drop="--model", words="--model"),
         Bad("added", "two changes", "--delete pids.txt", "--delete"),
