@@ -60,8 +60,11 @@ from nanocolbert.storage.tsv import check_id, read_lines
 def read_new(args, cut: dict) -> Iterator[Passage]:
     """Yield the passages of the collection to be added, documents cut as those of the index were."""
     fields = Fields(args.id_field, args.title_field, args.text_field)
+    passage = None
     for passage in read_passages(args.add, "collection: pid, passage", fields, **cut):
         yield Passage(f"{args.add}:{passage.number}", passage.id, passage.text, passage.metadata)
+    if passage is None:
+        raise InputError(f"{args.add}: empty, expected a collection")
 
 
 def read_pids(path) -> tuple[list[str], list[str]]:

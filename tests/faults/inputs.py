@@ -93,7 +93,7 @@ NO_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special
 # --------------------------------------------------------------------------------------------------------------- rows
 
 
-def text_rows(stage: str, name: str, header: str, row: str, n_columns: int, with_header: str = "same") -> list[Bad]:
+def text_rows(stage: str, name: str, header: str, row: str, n_columns: int) -> list[Bad]:
     """What can be wrong with a file of (id, text), or of ids."""
     fields = [f"x{i}" for i in range(n_columns)]
     bad = {
@@ -117,7 +117,7 @@ def text_rows(stage: str, name: str, header: str, row: str, n_columns: int, with
     word = name.split(".")[0]  # an empty file may show by what is missing in it
     rows = [Bad(stage, f"{name}: {what}", words=f"{word} {name}", setup=setup) for what, setup in bad.items()]
     rows.append(Bad(stage, f"{name}: a byte-order mark", setup=first(name, b"\xef\xbb\xbf"), expect="same"))
-    rows.append(Bad(stage, f"{name}: a header line", words=name, setup=first(name, header + "\n"), expect=with_header))
+    rows.append(Bad(stage, f"{name}: a header line", words=name, setup=first(name, header + "\n"), expect="same"))
     rows.append(Bad(stage, f"{name}: a header without texts", words=name, setup=first(name, f"{header[:3]}\tx\n")))
     return rows
 
