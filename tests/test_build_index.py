@@ -180,8 +180,9 @@ def compressed_dir(tmp_path_factory, embedding_arguments) -> Path:
     return folder
 
 
-def test_compressed_at_once(compressed_dir, codes_dir, model_dir, tmp_path):
-    """No vectors on the disk, and scores like those of vectors compressed later."""
+def test_compressed_at_once(compressed_dir, codes_dir, model_dir, toy_dir, tmp_path):
+    """No vectors on the disk, scores like those of vectors compressed later, and the texts."""
+    texts = dict(line.split("\t") for line in (toy_dir / "collection.tsv").read_text().splitlines())
     assert not (compressed_dir / "values.npy").exists()
     succeed(call_stage("build_index.py", "--embedding_dir", compressed_dir, "--output_dir", tmp_path / "index"))
     meta = json.loads((tmp_path / "index" / "meta.json").read_text())
@@ -190,6 +191,7 @@ def test_compressed_at_once(compressed_dir, codes_dir, model_dir, tmp_path):
     for folder in (tmp_path / "index", codes_dir):
         hits = Searcher(folder, model_dir, "cpu").search("red apple", k=1000, exact=True, by_codes=True)
         scores.append({hit.pid: hit.score for hit in hits})
+        assert {hit.pid: hit.text for hit in hits} == texts
     assert scores[0].keys() == scores[1].keys()
     assert max(abs(scores[0][pid] - scores[1][pid]) for pid in scores[0]) < 1.0
 
