@@ -1,0 +1,279 @@
+"""The JSON interface of serve.py, and the files of its page."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import swagger_ui_bundle
+from fastapi import Body, Depends, FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel, ConfigDict, Field, create_model
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from nanocolbert.cli import InputError
+from nanocolbert.server.guard import FAILED, Guard
+from nanocolbert.server.worker import Job, Overload, Worker
+
+QUERY, WHERE, AMONG = 2_000, 1_000, 10_000  # characters, characters, ids
+TEXTS, TEXT, PID = 1_000, 100_000, 500  # texts of a change, characters of each, and of an id
+CHANGES = ("/add", "/upsert", "/delete")
+DOCS = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>nanoColBERT: interface</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="icon.svg"><link rel="stylesheet" href="swagger-ui.css"></head>
+<body><div id="docs"></div><script src="swagger-ui-bundle.js"></script><script src="docs.js"></script></body></html>
+"""
+
+Pid = Annotated[str, Field(min_length=1, max_length=PID)]
+
+
+@dataclass
+class Settings:
+    """What serve.py's flags say."""
+
+    page: Path  # folder of index.html and what belongs to it
+    index: str = "index"  # names, for /health
+    model: str = "model"
+    hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")
+    token: str | None = None  # None: the index is not to be changed
+    max_k: int = 1_000
+    max_body: int = 1_000_000
+
+
+# -------------------------------------------------------------------------------------------- what is sent and answered
+
+
+class Sent(BaseModel):
+    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+
+
+class Explain(Sent):
+    query: str = Field(max_length=QUERY)
+    pid: Pid
+
+
+class Delete(Sent):
+    ids: list[Pid] = Field(min_length=1, max_length=AMONG)
+
+
+class Add(Sent):
+    ids: list[Pid] = Field(min_length=1, max_length=TEXTS)
+    texts: list[Annotated[str, Field(max_length=TEXT)]] = Field(min_length=1, max_length=TEXTS)
+    metadata: list[dict[str, Any] | None] | None = Field(None, max_length=TEXTS, description="an object a passage")
+
+
+class Found(BaseModel):
+    pid: str
+    score: float
+    text: str | None
+    metadata: dict[str, Any] | None
+    pieces: list[dict] | None = Field(None, description="with explain: the text in pieces, what matched each")
+
+
+class Answer(BaseModel):
+    hits: list[Found]
+    ms: dict[str, float] = Field(description="milliseconds: wait, encode, search, explain")
+    batch: int = Field(description="searches that were run together with this one")
+    version: int = Field(description="of the index")
+
+
+class Changed(BaseModel):
+    changed: int
+    passages: int
+    version: int
+
+
+class Health(BaseModel):
+    passages: int
+    version: int
+    index: str
+    model: str
+    fields: list[str]
+    uptime: float
+    searches: int
+    batches: int
+    waiting: int
+    writable: bool
+    max_k: int
+
+
+def search_model(max_k: int) -> type[BaseModel]:
+    """What a search may say, with the limits of this server."""
+    return create_model(
+        "Search",
+        __base__=Sent,
+        q=(str, Field(max_length=QUERY, description="the query")),
+        k=(int, Field(10, ge=1, le=max_k)),
+        quality=(Literal["fast", "default", "best"], "default"),
+        among=(list[Pid] | None, Field(None, max_length=AMONG, description="search these passages only")),
+        where=(
+            str | None,
+            Field(None, max_length=WHERE, description="SQL over metadata: year >= 2020"),
+        ),
+        by_document=(bool, Field(False, description="the best passage of each document")),
+        explain=(bool, Field(False, description="add what each passage matched")),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- app
+
+
+def make_app(searcher, reads: Worker, writes: Worker, settings: Settings) -> Guard:
+    """The ASGI app of an open Searcher: `reads` searches, `writes` changes the index meanwhile."""
+    app = FastAPI(title="nanoColBERT", version="1", docs_url=None, redoc_url=None)
+    app.openapi_version = "3.0.3"  # what the bundled page can show
+    add_errors(app)
+    add_searches(app, searcher, reads, settings)
+    add_changes(app, searcher, writes)
+    add_files(app, settings.page)
+    return Guard(app, settings.hosts, settings.max_body, CHANGES, settings.token)
+
+
+def add_errors(app: FastAPI) -> None:
+    """Every error is {"error": one line}."""
+
+    def answer(status: int, line: str, headers=None) -> JSONResponse:
+        return JSONResponse({"error": " ".join(line.split())}, status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_, error: RequestValidationError):
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return answer(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
+        where = ".".join(map(str, first["loc"][1:])) or "the body"
+        return answer(422, f"{where}: {first['msg'].removeprefix('Value error, ')}")
+
+    @app.exception_handler(InputError)
+    async def mistaken(_, error: InputError):
+        return answer(422, str(error))
+
+    @app.exception_handler(Overload)
+    async def overloaded(*_):
+        return answer(503, "too many requests are waiting: try again in a second", {"Retry-After": "1"})
+
+    @app.exception_handler(Exception)  # the guard hears of it too
+    async def failed(*_):
+        return answer(500, FAILED)
+
+    @app.exception_handler(StarletteHTTPException)
+    async def other(request: Request, error: StarletteHTTPException):
+        told = {404: f"{request.url.path}: nothing is here; /docs shows what there is", 405: "not by this method"}
+        return answer(error.status_code, told.get(error.status_code, error.detail), error.headers)
+
+
+async def result_of(worker: Worker, job: Job):
+    return await asyncio.wrap_future(worker.submit(job))
+
+
+def add_searches(app: FastAPI, searcher, reads: Worker, settings: Settings) -> None:
+    Search, started = search_model(settings.max_k), time.monotonic()
+
+    async def search(asked: Search) -> JSONResponse:
+        """The k best passages for a query, the best first."""
+        keep = ("k", "quality", "among", "where", "by_document")
+        values = asked.model_dump()
+        chosen = {name: values[name] for name in keep if values[name] not in (None, False)}
+        done = await result_of(reads, Job(asked.q, chosen, asked.explain))
+        hits = [hit._asdict() for hit in done["hits"]]
+        for hit, found in zip(hits, done["explained"] or (), strict=False):
+            hit["pieces"] = [piece.to_dict() for piece in found.pieces()]
+        ms = {step: round(ms, 2) for step, ms in done["ms"].items()}
+        return JSONResponse({"hits": hits, "ms": ms, "batch": done["batch"], "version": searcher.version})
+
+    @app.get("/search", response_model=Answer, tags=["search"])
+    async def search_by_address(asked: Annotated[Search, Query()]):
+        return await search(asked)
+
+    @app.post("/search", response_model=Answer, tags=["search"])
+    async def search_by_body(asked: Annotated[Search, Body()]):
+        return await search(asked)
+
+    @app.post("/explain", response_model=dict, tags=["search"])
+    async def explain(asked: Explain):
+        """Why a passage scores as it does: tokens of both, each query token's match, all similarities."""
+        since = time.perf_counter()
+        found = await result_of(reads, Job(call=lambda: searcher.explain(asked.query, [asked.pid])[0].to_dict()))
+        return JSONResponse(
+            {"pid": asked.pid, **found, "ms": {"total": round(1000 * (time.perf_counter() - since), 2)}}
+        )
+
+    @app.get("/health", response_model=Health, tags=["server"])
+    async def health():
+        return JSONResponse(
+            {
+                "passages": len(searcher),
+                "version": searcher.version,
+                "index": settings.index,
+                "model": settings.model,
+                "fields": searcher.fields,
+                "uptime": round(time.monotonic() - started, 1),
+                "searches": reads.n_done,
+                "batches": reads.n_batches,
+                "waiting": reads.waiting,
+                "writable": settings.token is not None,
+                "max_k": settings.max_k,
+            }
+        )
+
+
+def add_changes(app: FastAPI, searcher, writes: Worker) -> None:
+    """Changes; that they are permitted has been seen to by the guard."""
+    changes = {
+        "dependencies": [Depends(HTTPBearer(auto_error=False))],
+        "response_model": Changed,
+        "tags": ["changes"],
+    }  # for /docs
+
+    async def change(call: Callable, *arguments) -> JSONResponse:
+        changed = await result_of(writes, Job(call=lambda: call(*arguments)))
+        return JSONResponse({"changed": changed, "passages": len(searcher), "version": searcher.version})
+
+    def check(asked: Add) -> None:
+        for name in ("texts", "metadata"):
+            given = getattr(asked, name)
+            if given is not None and len(given) != len(asked.ids):
+                raise InputError(f"{len(asked.ids)} ids, but {len(given)} {name}: give one for each")
+
+    @app.post("/add", **changes)
+    async def add(asked: Add):
+        """Add passages that are not there."""
+        check(asked)
+        return await change(searcher.add, asked.ids, asked.texts, asked.metadata)
+
+    @app.post("/upsert", **changes)
+    async def upsert(asked: Add):
+        """Add passages, in place of those that are there by these ids."""
+        check(asked)
+        return await change(searcher.upsert, asked.ids, asked.texts, asked.metadata)
+
+    @app.post("/delete", **changes)
+    async def delete(asked: Delete):
+        """Delete passages."""
+        return await change(searcher.delete, asked.ids)
+
+
+def add_files(app: FastAPI, page: Path) -> None:
+    """The page, and the one that shows the interface; nothing is fetched from elsewhere."""
+    bundle = Path(swagger_ui_bundle.swagger_ui_path)
+    files = {f"/{name}": page / name for name in ("style.css", "app.js", "docs.js", "icon.svg")}
+    files |= {f"/{name}": bundle / name for name in ("swagger-ui.css", "swagger-ui-bundle.js")}
+    for address, path in {"/": page / "index.html", **files}.items():
+        app.add_route(address, sender(path), include_in_schema=False)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs():
+        return HTMLResponse(DOCS)
+
+
+def sender(path: Path) -> Callable:
+    """What answers with a file, which the browser is to ask for again."""
+
+    async def send(_: Request) -> FileResponse:
+        return FileResponse(path, headers={"cache-control": "no-cache"})
+
+    return send
