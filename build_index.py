@@ -14,7 +14,6 @@ embeddings.
 """
 
 import argparse
-import math
 import time
 from pathlib import Path
 
@@ -54,20 +53,23 @@ if __name__ == "__main__":  # before the imports that take seconds: --help, or a
     ARGS = cli.start(parse_args)
 
 import numpy as np
-import torch
 
-from nanocolbert.compute import default_device
 from nanocolbert.index import ivfpq
-from nanocolbert.index.centroids import MOST_CENTROIDS, PER_CENTROID, default_nlist, sample_passages
+from nanocolbert.index.building import (
+    CHANGING,
+    build_codes,
+    check_unit,
+    codes_bytes,
+    not_unit,
+    sample_embeddings,
+    sums_by_place,
+)
+from nanocolbert.index.centroids import PER_CENTROID
 from nanocolbert.index.changes import create
 from nanocolbert.index.codec import Codec, Codes
-from nanocolbert.progress import progress
 from nanocolbert.storage.artifact import check_output_dir, fingerprint, link, publish, read_meta, seen_from, write_meta
-from nanocolbert.storage.ragged import Ids, Ragged, load_npy, neighbours
-
-CODES_BLOCK = 1 << 18  # embeddings compressed at a time
-APART = 0.02  # what the length of an embedding may differ from 1 by: fp16, and bf16 before it
-CHANGING = ("segments", "state.json", "state.json.partial", "lock")  # by update_index.py: state.json lists them
+from nanocolbert.storage.ragged import Ids, Ragged, load_npy
+from nanocolbert.storage.texts import link_texts
 
 
 def check_embeddings(embeddings: Ragged, pids: Ids, source_meta: dict, args) -> None:
@@ -80,7 +82,7 @@ def check_embeddings(embeddings: Ragged, pids: Ids, source_meta: dict, args) -> 
     if not len(embeddings):
         raise InputError(f"{folder}: no passages: run doc2embedding.py on a collection")
     if not meta.get("normalized", True):
-        raise InputError(f"{folder}: {not_unit('by its meta.json')}")
+        raise InputError(not_unit(folder, "by its meta.json"))
     lengths = np.diff(embeddings.offsets)
     longest = LONGEST - 1 if args.method == "codes" else np.inf
     wrong = np.flatnonzero((lengths < 1) | (lengths > longest))
@@ -88,33 +90,6 @@ def check_embeddings(embeddings: Ragged, pids: Ids, source_meta: dict, args) -> 
         pid, n = pids.text(wrong[:1])[0], lengths[wrong[0]]
         remedy = "leave it out of the collection" if n < 1 else "cut it (tsv2mmap.py --doc_maxlen), or --method ivfpq"
         raise InputError(f"{folder}: passage {pid} has {n} embeddings, at least 1, at most {longest}: {remedy}")
-
-
-def not_unit(found: str) -> str:
-    return (
-        f"embeddings not of unit length ({found}), which an index cannot hold: train with normalize, or search them "
-        "without an index (retrieve.py --index_dir EMBEDDINGS --exact)"
-    )
-
-
-def check_unit(sample: np.ndarray, args) -> None:
-    """Raise InputError unless embeddings (T, D) are of unit length."""
-    norms = np.sqrt(np.einsum("ij,ij->i", sample, sample))
-    wrong = np.flatnonzero(~(np.abs(norms - 1) < APART))  # NaN is not
-    if len(wrong):
-        raise InputError(f"{args.embedding_dir}: {not_unit(f'one is {norms[wrong[0]]:.3g} long')}")
-
-
-def sample_embeddings(embeddings: Ragged, wanted: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """At least `wanted` embeddings (T, D) fp32, or all, of passages drawn at random, and the passages' lengths."""
-    rows = sample_passages(embeddings.offsets, wanted, seed)
-    sample = np.empty((int(embeddings.lengths(rows).sum()), embeddings.values.shape[1]), np.float32)
-    filled = 0
-    for block in np.array_split(rows, math.ceil(len(rows) / 1000)):
-        values, _ = embeddings.gather(block)
-        sample[filled : filled + len(values)] = values
-        filled += len(values)
-    return sample, embeddings.lengths(rows)
 
 
 def build_ivfpq(embeddings: Ragged, source_meta: dict, args, partial: Path) -> tuple[dict, dict]:
@@ -125,7 +100,7 @@ def build_ivfpq(embeddings: Ragged, source_meta: dict, args, partial: Path) -> t
     if n_gpus:
         index = ivfpq.to_gpus(index)
     sample = sample_embeddings(embeddings, args.sample or max(nlist, 2**nbits) * PER_CENTROID, args.seed)[0]
-    check_unit(sample, args)
+    check_unit(args.embedding_dir, sample)
     if len(sample) < max(nlist, 2**nbits):
         raise InputError(f"{len(sample)} embeddings to train {nlist} lists and codebooks of {2**nbits}: raise --sample")
     print(f"{n_embeddings} embeddings: {nlist} lists, {m} x {nbits} bits, trained on {len(sample)}", flush=True)
@@ -139,7 +114,10 @@ def build_ivfpq(embeddings: Ragged, source_meta: dict, args, partial: Path) -> t
     linked = ("values.npy", "offsets.npy", "pids.npy")
     for name in linked:
         link(args.embedding_dir / name, partial / name)
-    sums = source_meta.get("files", {})
+    link_texts(args.embedding_dir, partial, len(embeddings))
+    known = {
+        name: sums for name, sums in source_meta.get("files", {}).items() if name in linked or name.startswith("texts/")
+    }
     return {
         "nlist": nlist,
         "m": m,
@@ -149,45 +127,12 @@ def build_ivfpq(embeddings: Ragged, source_meta: dict, args, partial: Path) -> t
         "bytes_per_embedding": round((partial / "faiss.index").stat().st_size / n_embeddings, 2),
         "train_seconds": round(train_seconds, 2),
         "add_seconds": round(add_seconds, 2),
-    }, {name: sums[name] for name in linked if name in sums}
+    }, known
 
 
 def ivfpq_settings(embeddings: Ragged, args) -> tuple[int, int, int]:
     """Lists, bytes of a code, and bits of a sub-quantiser. Raises InputError where they cannot be."""
     return ivfpq.settings(embeddings, args.nlist, args.m, args.nbits, args.embedding_dir)
-
-
-def build_codes(embeddings: Ragged, source_meta: dict, args, partial: Path) -> dict:
-    """Write a compressed index; returns facts for meta.json."""
-    n_embeddings = len(embeddings.values)
-    nlist, bits = args.nlist or default_nlist(n_embeddings, MOST_CENTROIDS), args.bits or 2
-    if nlist > min(n_embeddings, MOST_CENTROIDS):
-        most = min(n_embeddings, MOST_CENTROIDS)
-        raise InputError(f"--nlist {nlist}: more than {args.embedding_dir} can train: give at most {most}")
-    sample, lengths = sample_embeddings(embeddings, args.sample or nlist * PER_CENTROID, args.seed)
-    check_unit(sample, args)
-    print(f"{n_embeddings} embeddings: {nlist} centroids, {bits} bits, trained on {len(sample)}", flush=True)
-    device, clock = default_device() if args.gpu else torch.device("cpu"), time.time()
-    codec = Codec.train(sample, lengths, bits, nlist, args.seed, device)
-    del sample
-    train_seconds, clock = time.time() - clock, time.time()
-    pids = Ids(args.embedding_dir / "pids.npy")
-
-    def blocks():
-        slices = neighbours(np.diff(embeddings.offsets), CODES_BLOCK)
-        for part in progress(slices, desc="compress", unit=" blocks"):
-            values, lengths = embeddings.slice(part.start, part.stop)
-            yield codec.encode(values, lengths, device), pids.text(np.arange(part.start, part.stop))
-
-    vectors = args.embedding_dir / "values.npy" if args.keep_vectors else None
-    create(partial, codec, blocks(), vectors, source_meta.get("files", {}).get("values.npy"))
-    return {
-        "bits": bits,
-        "keep_vectors": args.keep_vectors,
-        "nlist": nlist,
-        "train_seconds": round(train_seconds, 2),
-        "add_seconds": round(time.time() - clock, 2),
-    }
 
 
 def collect_codes(source_meta: dict, args, partial: Path) -> dict:
@@ -209,12 +154,17 @@ def collect_codes(source_meta: dict, args, partial: Path) -> dict:
             total += int(codes.sizes.sum(dtype=np.int64))
             yield codes, pids.text(np.arange(first, first + len(codes.sizes)))
 
-    create(partial, codec, blocks())
+    create(partial, codec, blocks(), texts=folder, known=sums_by_place(source_meta.get("files", {})))
     if total != source_meta["embeddings"]:
         raise InputError(
             f"{folder}: {total} embeddings, {source_meta['embeddings']} by its meta.json: run doc2embedding.py again"
         )
-    return {"bits": source_meta["bits"], "keep_vectors": False, "nlist": source_meta["nlist"]}
+    return {
+        "bits": source_meta["bits"],
+        "keep_vectors": False,
+        "nlist": source_meta["nlist"],
+        "bytes_per_embedding": round(codes_bytes(partial) / total, 2),
+    }
 
 
 def read_part(parts: Path, number: int, n: int, codec: Codec) -> Codes:
@@ -237,26 +187,16 @@ def check_flags(args) -> None:
             raise InputError(f"--{name} says nothing to --method {args.method}: leave it out, or give --method {other}")
 
 
-def codes_bytes(folder: Path) -> int:
-    """Bytes of a compressed index, without ids and kept vectors."""
-    files = (path for path in folder.rglob("*.npy") if path.name not in ("vectors.npy", "pids.npy"))
-    return sum(path.stat().st_size for path in files)
-
-
 def made_from(source_meta: dict, args) -> dict:
     """What the index was made from, for its meta.json: paths as seen from it."""
-    paths = {
-        key: seen_from(args.output_dir, args.embedding_dir.resolve() / source_meta[key])
-        for key in ("model_path", "collection_path")
-        if source_meta.get(key)
-    }
+    path = source_meta.get("model_path")
     return {
         "method": args.method,
         "embeddings_fingerprint": source_meta["fingerprint"],
         "model": source_meta["model"],
         "model_fingerprint": source_meta["model_fingerprint"],
-        **paths,
-        **{key: source_meta[key] for key in ("tokenizer_fingerprint",) if key in source_meta},
+        **({"model_path": seen_from(args.output_dir, args.embedding_dir.resolve() / path)} if path else {}),
+        **{key: source_meta[key] for key in ("tokenizer_fingerprint", "documents") if key in source_meta},
         **{key: source_meta[key] for key in ("passages", "embeddings", "dim")},
     }
 
@@ -277,11 +217,10 @@ def main(args):
         if is_compressed:
             facts = collect_codes(source_meta, args, partial)
         elif args.method == "codes":
-            facts = build_codes(embeddings, source_meta, args, partial)
+            settings = args.bits or 2, args.nlist, args.sample, args.seed, args.keep_vectors, args.gpu
+            facts = build_codes(partial, args.embedding_dir, *settings, known=source_meta.get("files"))
         else:
             facts, known = build_ivfpq(embeddings, source_meta, args, partial)
-        if args.method == "codes":
-            facts["bytes_per_embedding"] = round(codes_bytes(partial) / source_meta["embeddings"], 2)
         facts = {**made_from(source_meta, args), **facts}
         settings = ("method", "nlist", "m", "nbits", "bits", "keep_vectors", "sample", "seed")
         source = fingerprint(source_meta["fingerprint"], *(f"{name} {getattr(args, name)}" for name in settings))

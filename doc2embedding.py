@@ -71,6 +71,8 @@ from nanocolbert.storage.artifact import (
 )
 from nanocolbert.storage.checksums import span
 from nanocolbert.storage.ragged import Ids, NpyWriter, Ragged, allocate_npy, load_npy
+from nanocolbert.storage.texts import FOLDER as TEXTS
+from nanocolbert.storage.texts import link_texts
 from nanocolbert.text import tokenizer_fingerprint
 
 
@@ -87,6 +89,7 @@ def layout(model: ColBERT, passages: Ragged, n_passages: int, args, folder: Path
         offsets.append(total + np.cumsum(counts))
         total += int(counts.sum())
     offsets.close()
+    link_texts(args.tokens_dir, folder, n_passages)
     if not args.bits:
         allocate_npy(folder / "values.npy", np.float16, (total, model.config.dim))
         return
@@ -217,14 +220,13 @@ def facts_of(model: ColBERT, model_print: str, tokens_meta: dict, processes: int
     """What meta.json says of finished embeddings, beside what it says of all folders."""
     folder, n_passages = args.output_dir, tokens_meta["counts"]["pids"]
     parts = read_parts(folder, n_passages, args.part_size)
-    collection = tokens_meta.get("collection_path")
     return {
         "model": args.model,
         "model_fingerprint": model_print,
         "tokenizer_fingerprint": tokenizer_fingerprint(model.tokenizer),
         "normalized": model.config.normalize,
         "model_path": seen_from(folder, args.model) if Path(args.model).exists() else None,  # on the hub
-        "collection_path": collection and seen_from(folder, args.tokens_dir.resolve() / collection),
+        **{key: tokens_meta[key] for key in ("documents",) if key in tokens_meta},
         "tokens_fingerprint": tokens_meta["fingerprint"],
         "processes": processes,
         "passages": n_passages,
@@ -277,7 +279,9 @@ def main(args):
         with replacing(folder / "pids.npy") as file:
             np.save(file, pids.ids)
         facts = facts_of(model, model_print, tokens_meta, state.num_processes, rate, args)
-        known = {} if args.bits else sums_of_values(folder, read_parts(folder, n_passages, args.part_size))
+        known = {name: sums for name, sums in tokens_meta.get("files", {}).items() if name.startswith(f"{TEXTS}/")}
+        if not args.bits:
+            known |= sums_of_values(folder, read_parts(folder, n_passages, args.part_size))
         meta = write_meta(folder, "embeddings", source, started, args, known=known, **facts)
     return {"output_dir": str(folder), "seconds": meta["seconds"], **facts}
 

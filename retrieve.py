@@ -5,13 +5,10 @@
     python retrieve.py ... --candidates top1000.dev     # reranking: exact MaxSim of the candidates of each query
     python retrieve.py ... --exact                      # every passage, streamed: the ground truth for all else
 
-    Searcher("index").search("what is late interaction?", k=10)     # the same in a notebook: pids, scores, texts
-
 reads   index/ (build_index.py; embeddings/ will do for the last two), model/ (train.py), queries (qid, query)
 writes  a run file, TREC (qid Q0 pid rank score tag) or MS MARCO (qid, pid, rank)
 
-The way of a query: the model encodes it, the index finds rows and scores for it (compressed.py, ivfpq.py and exact.py
-in nanocolbert/index/ say how), and rows become ids and texts. In a compressed index --nprobe, --n_coarse, --n_fine and
+search.py has the search itself, for notebooks too. In a compressed index --nprobe, --n_coarse, --n_fine and
 --n_exact override what --quality says of each step. Where it keeps no vectors, --exact and --candidates are refused,
 unless they are to score --by_codes. An IVFPQ index scores exactly, on memory-mapped fp16 embeddings, the first
 --rerank_depth of the passages that it finds. Equal scores are in the order of the collection. Under
@@ -19,12 +16,9 @@ unless they are to score --by_codes. An IVFPQ index scores exactly, on memory-ma
 """
 
 import argparse
-import threading
 import time
-from collections.abc import Iterable, Iterator
-from functools import cached_property
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from nanocolbert import cli
 from nanocolbert.cli import InputError, check_launch, positive, run_stage, say, word
@@ -51,6 +45,10 @@ def parse_args():
     parser.add_argument(
         "--by_codes", action=switch, default=False, help="--exact, --candidates: score by codes, without kept vectors"
     )
+    parser.add_argument(
+        "--by_document", action=switch, default=False, help="for passages doc#1, doc#2, ... doc, by the best of them"
+    )
+    parser.add_argument("--where", help="only passages whose metadata fulfil it, as SQL has it: year >= 2020")
     parser.add_argument("--batch_size", type=positive, default=BATCH_SIZE, help="queries at a time (default 32)")
     parser.add_argument(
         "--nprobe", type=positive, help="lists searched for each query token (default: by --quality, or 32)"
@@ -77,188 +75,15 @@ if __name__ == "__main__":  # before the imports that take seconds: --help, or a
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch import Tensor
 
-from model import ColBERT
-from nanocolbert.checkpoints.layouts import check_made_by, model_of
-from nanocolbert.compute import default_device
-from nanocolbert.index.compressed import CompressedIndex
-from nanocolbert.index.exact import ExactIndex
-from nanocolbert.index.gpu_index import GpuIndex
-from nanocolbert.index.ivfpq import IVFPQ
-from nanocolbert.index.ranking import Ranking
-from nanocolbert.progress import progress
+from nanocolbert.checkpoints.layouts import model_of
 from nanocolbert.storage import runs, shares
 from nanocolbert.storage.artifact import check_file, check_output_file, peak_memory_mb, read_meta, verify
-from nanocolbert.storage.tsv import Collection, find_collection, read_queries
-from nanocolbert.text import check_texts
+from nanocolbert.storage.tsv import read_queries
+from search import Searcher, document_of
 
 KNOBS = tuple(dict.fromkeys((*Effort._fields, *Depths._fields)))
-EFFORT = ("exact", "by_codes", "quality", *KNOBS, "batch_size")  # flags of the search
-
-
-class Hit(NamedTuple):
-    """A passage that was found; `text` where the collection is at hand."""
-
-    pid: str
-    score: float
-    text: str | None
-
-
-class Searcher:
-    """An open index and its model. Rows are positions in the collection; `index.text(rows)` gives their ids."""
-
-    def __init__(
-        self, index_dir, model=None, device=None, collection=None, gpu_index: bool = False, verify: bool = False
-    ):
-        """Open an index folder.
-
-        model: a folder or a name on the hub, collection: the file with the passages (.tsv or .tsv.gz); by default where
-        the index says that they were, looked for when first needed. device: by default the GPU if there is one.
-        verify: check the checksums of the index first. Any number of threads may search at once.
-        Raises InputError where the folders do not fit together.
-        """
-        self.meta = read_meta(index_dir, "index", "build_index.py", "embeddings", check=verify)
-        self._lock = threading.RLock()
-        self.index_dir, self.device = Path(index_dir), torch.device(device or default_device())
-        self.index = open_index(self.index_dir, self.meta, self.device, gpu_index)
-        if model is not None:
-            self.model = self._load(model)
-        if collection is not None:
-            self.collection = Collection(collection)
-
-    def __repr__(self) -> str:
-        kinds = {"codes": f"compressed, {self.meta.get('bits')} bits", "ivfpq": "IVFPQ", None: "embeddings"}
-        kind = kinds[self.meta.get("method")]
-        return f"Searcher: {self.index.alive().sum():,} passages in {self.index_dir} ({kind}), on {self.device}"
-
-    @cached_property
-    def model(self) -> ColBERT:
-        """The model that the index was made from."""
-        return self._load(model_of(self.index_dir, self.meta))
-
-    def _load(self, folder) -> ColBERT:
-        check_made_by(folder, self.index_dir, self.meta)
-        model = ColBERT.from_pretrained(folder, device=self.device)
-        model.check_tokenizer(self.index_dir, self.meta)
-        return model
-
-    @cached_property
-    def collection(self) -> Collection | None:
-        """The passages' texts, None where they are not at hand."""
-        path = find_collection(self.index_dir, self.meta)
-        return Collection(path) if path else None
-
-    def search(self, queries: str | list[str], k: int = 10, **effort) -> list[Hit] | list[list[Hit]]:
-        """The k best passages for a query, the best first; a list of such lists for a list of queries.
-
-        effort, for this call only: exact=True scores every passage, with by_codes=True by its codes; quality="fast",
-        "default" or "best", and nprobe, n_coarse, n_fine, n_exact (compressed index), nprobe, faiss_depth, rerank_depth
-        (IVFPQ) are the flags of the same names; among=[pid, ...] searches these passages only (compressed index), with
-        skip_unknown=True those of them that are in the index.
-        Raises InputError where the collection is not the one that the index was made from, or an id of `among` is not
-        in the index.
-        """
-        if k < 1:
-            raise InputError(f"k is {k}: ask for at least one passage")
-        rankings = self.rankings([queries] if isinstance(queries, str) else check_texts(queries), k, **effort)
-        hits = [self._hits(rows, scores) for rows, scores in rankings]
-        return hits[0] if isinstance(queries, str) else hits
-
-    def _hits(self, rows: np.ndarray, scores: np.ndarray) -> list[Hit]:
-        """What was found, with its ids, and texts where the collection is at hand."""
-        pids = self.index.text(rows)
-        with self._lock:  # one that is opened for all
-            collection = self.collection
-        if collection is None:
-            return [Hit(pid, score, None) for pid, score in zip(pids, scores.tolist(), strict=True)]
-        hits = []
-        for line, pid, score in zip(self.index.origin(rows).tolist(), pids, scores.tolist(), strict=True):
-            if line < 0:  # added to the index later
-                hits.append(Hit(pid, score, None))
-                continue
-            found, text = collection[line] if line < len(collection) else (None, None)
-            if found != pid:
-                raise InputError(
-                    f"{collection.path}:{line + 1}: pid {found!r}, but {pid!r} in {self.index_dir}: "
-                    "give the collection that the index was made from"
-                )
-            hits.append(Hit(pid, score, text))
-        return hits
-
-    def rankings(
-        self,
-        texts: list[str],
-        k: int,
-        candidates: list[np.ndarray] | None = None,
-        exact: bool = False,
-        by_codes: bool = False,
-        quality: str = "default",
-        among: Iterable | None = None,
-        skip_unknown: bool = False,
-        batch_size: int = BATCH_SIZE,
-        **knobs: int | None,
-    ) -> Iterator[Ranking]:
-        """Yield the k best rows and their scores for each query, in batches.
-
-        Scored are the query's own `candidates` if they are given, every passage if `exact`, else what the index finds.
-        by_codes: score these two not exactly, but by a compressed index' codes.
-        knobs: those that `search` names; None is the default. among, skip_unknown: as `search` says.
-        """
-        self.check_scoring(exact or candidates is not None, by_codes)
-        effort = self.index.effort(quality, k, **{name: value for name, value in knobs.items() if value is not None})
-        allowed = None if among is None else self._allowed(among, skip_unknown)
-        size = max(1, len(texts)) if exact and self.index.streams else batch_size
-        starts = range(0, len(texts), size)
-        for start in progress(starts, len(starts) > 1, desc="search", unit=" batches"):
-            queries = self.encode(texts[start : start + size])  # (B, Lq, D)
-            if candidates is not None:
-                yield from self.index.rank(queries, candidates[start : start + size], k, by_codes)
-            elif exact:
-                rows = None if allowed is None else [np.flatnonzero(allowed)] * len(queries)
-                yield from self.index.rank(queries, rows, k, by_codes)
-            else:
-                yield from self.index.search(queries, k, effort, allowed)
-
-    def check_scoring(self, is_given: bool, by_codes: bool) -> None:
-        """Raise InputError unless what is given, candidates or every passage, can be scored in this way."""
-        if by_codes and not is_given:
-            raise InputError("by_codes says how a compressed index scores --exact and --candidates: leave it out")
-        if is_given:
-            self.index.check_rank(by_codes)
-
-    def _allowed(self, among: Iterable, skip_unknown: bool) -> np.ndarray:
-        """Whether each row may be found (n,) bool, from ids, strings or numbers."""
-        if not isinstance(self.index, CompressedIndex):
-            raise InputError("among and quality are for a compressed index: build_index.py --method codes")
-        pids = [among] if isinstance(among, str) else list(map(str, among))
-        rows = self.index.rows(pids)
-        if (rows < 0).any() and not skip_unknown:
-            raise InputError(
-                f"{self.index_dir}: has no passage {pids[int((rows < 0).argmax())]}: leave it out, or say "
-                "skip_unknown=True"
-            )
-        allowed = np.zeros(len(self.index), bool)
-        allowed[rows[rows >= 0]] = True
-        return allowed
-
-    def encode(self, texts: list[str]) -> Tensor:
-        """Query embeddings (B, Lq, D) fp32."""
-        with self.index.clock("encode queries"):
-            with self._lock:  # one that is opened for all
-                model = self.model
-            return model.encode_queries(texts, progress=False)
-
-
-def open_index(folder: Path, meta: dict, device: torch.device, on_gpu: bool) -> CompressedIndex | ExactIndex:
-    """The index in a folder, of the kind that its meta.json says. Raises InputError if it cannot be searched."""
-    if meta["kind"] == "embeddings":
-        if meta.get("bits"):
-            raise InputError(f"{folder}: compressed embeddings: run build_index.py, and give what it wrote")
-        return ExactIndex(folder, meta, device)
-    if meta.get("method") != "codes":
-        return IVFPQ(folder, meta, device, on_gpu)
-    return GpuIndex(folder, device) if on_gpu else CompressedIndex(folder)
+EFFORT = ("exact", "by_codes", "quality", "where", "by_document", *KNOBS, "batch_size")  # flags of the search
 
 
 def read_candidates(
@@ -284,7 +109,8 @@ def search_all(searcher: Searcher, queries: dict[str, str], candidates, args) ->
     rows = candidates and [candidates[qid] for qid in queries]
     rankings = searcher.rankings(list(queries.values()), args.k, rows, **effort)
     for qid, (rows, scores) in zip(queries, rankings, strict=True):
-        yield qid, searcher.index.text(rows), scores.tolist()
+        pids = searcher.index.ids(rows)
+        yield qid, [document_of(pid) for pid in pids] if args.by_document else pids, scores.tolist()
 
 
 def main(args):

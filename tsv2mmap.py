@@ -6,7 +6,8 @@
 reads   collection.tsv (pid, passage), queries.tsv (qid, query), triples.tsv (three texts, or ids: query, positive
         and one or more negatives); each may be .gz
 writes  tokens/passages, tokens/queries (ragged word pieces without special tokens, uint16 or uint32),
-        tokens/pids.npy, tokens/qids.npy, tokens/triples.npy (int32 rows, in file order)
+        tokens/pids.npy, tokens/qids.npy, tokens/triples.npy (int32 rows, in file order), tokens/texts (the passages'
+        texts, which embeddings and indexes link)
 
 Each distinct text is tokenised and stored once. Triples of text are matched to the collection and the queries by a
 64-bit hash of the text (two of 9 million texts share one with probability 2e-6); texts found in neither are stored
@@ -40,8 +41,10 @@ if __name__ == "__main__":  # before the imports that take a second
 import numpy as np
 
 from nanocolbert.progress import progress
-from nanocolbert.storage.artifact import check_file, check_output_dir, fingerprint, publish, seen_from, write_meta
+from nanocolbert.storage.artifact import check_file, check_output_dir, fingerprint, publish, write_meta
 from nanocolbert.storage.ragged import Ids, IdWriter, NpyWriter, RaggedWriter
+from nanocolbert.storage.texts import FOLDER as TEXTS
+from nanocolbert.storage.texts import TextWriter
 from nanocolbert.storage.tsv import batched, open_bytes, read_id_text, read_lines, read_rows
 from nanocolbert.text import own_backend, prepare_texts, tokenize, tokenizer_fingerprint
 
@@ -169,8 +172,8 @@ def below_a_bar(path, read: Callable, limit: int | None = None) -> Iterator:
         yield from read(lambda n: bar.update(n - bar.n))
 
 
-def convert_texts(path, what: str, writer: TokenWriter, ids: IdWriter, text_rows: TextRows | None) -> None:
-    """Write a file of (id, text) as word pieces and ids. Raises InputError, also on a repeated id."""
+def convert_texts(path, what: str, writer: TokenWriter, ids: IdWriter, text_rows: TextRows | None, kept=None) -> None:
+    """Write a file of (id, text) as word pieces and ids, and the texts. Raises InputError, also on a repeated id."""
     for chunk in batched(below_a_bar(path, lambda tell: read_id_text(path, what, tell)), CHUNK):
         texts = [text for _, _, text in chunk]
         if text_rows is not None:
@@ -178,8 +181,12 @@ def convert_texts(path, what: str, writer: TokenWriter, ids: IdWriter, text_rows
             text_rows.find(hashes)  # keeps the recent ones few
             text_rows.add(hashes, writer.n_texts)
         ids.append([identifier for _, identifier, _ in chunk])
+        if kept is not None:
+            kept.append(texts)
         writer.append(texts)
     ids.close()
+    if kept is not None:
+        kept.close()
     if not writer.n_texts:
         raise InputError(f"{path}: empty, expected {what}")
     repeated = Ids(ids.path).duplicate()
@@ -303,7 +310,8 @@ def convert(args, folder: Path, triples_format: str | None, writers: dict[str, T
     ):
         ids = IdWriter(folder / f"{name}.npy")
         if path:
-            convert_texts(path, what, writers[kind], ids, tables[kind])
+            kept = TextWriter(folder / TEXTS) if kind == "passage" and args.keep_texts else None
+            convert_texts(path, what, writers[kind], ids, tables[kind], kept)
         else:
             ids.close()
         counts[name] = writers[kind].n_texts
@@ -337,7 +345,7 @@ def main(args):
             for kind, name in (("passage", "passages"), ("query", "queries"))
         }
         counts = convert(args, folder, triples_format, writers)
-        arrays = sorted(path for path in folder.rglob("*.npy") if path.stat().st_size)
+        arrays = sorted(path for path in folder.rglob("*.*") if path.suffix in (".npy", ".sqlite"))
         facts = {
             "tokenizer": args.tokenizer,
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
@@ -347,7 +355,6 @@ def main(args):
             "dtype": dtype,
             "counts": counts,
             "passage_tokens": int(writers["passage"].writer.values.n_rows),
-            "collection_path": seen_from(args.output_dir, args.collection) if args.collection else None,
             "bytes": sum(path.stat().st_size for path in arrays),
         }
         meta = write_meta(
@@ -373,6 +380,12 @@ def parse_args():
         "--query_maxlen", type=maxlen, default=32, help="tokens of a query with [CLS] [Q] [SEP] (default 32)"
     )
     parser.add_argument("--doc_maxlen", type=maxlen, default=180, help="tokens of a passage, likewise (default 180)")
+    parser.add_argument(
+        "--keep_texts",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the passages' texts too, which an index then gives back",
+    )
     parser.add_argument("--workers", type=positive, default=cores(), help="processes (default: all cores)")
     parser.add_argument("--output_dir", type=Path, required=True, help="the tokens folder to write")
     return parser.parse_args()

@@ -11,11 +11,11 @@ once most of it is of another kind than what it was trained on.
 
 import argparse
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from nanocolbert import cli
 from nanocolbert.cli import InputError, run_stage
-from nanocolbert.index.knobs import LONGEST
 
 
 def parse_args():
@@ -23,6 +23,9 @@ def parse_args():
     parser.add_argument("--index_dir", type=Path, required=True, help="what build_index.py wrote")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--add", type=Path, help="collection of new passages: pid, passage (.tsv or .tsv.gz)")
+    parser.add_argument(
+        "--replace", action="store_true", help="with --add: passages whose ids are there take their place"
+    )
     what.add_argument("--delete", type=Path, help="ids of passages, one a line")
     what.add_argument("--compact", action="store_true", help="make one segment of all, without what was deleted")
     parser.add_argument(
@@ -39,52 +42,20 @@ if __name__ == "__main__":  # before the imports that take seconds: --help, or a
 
 
 from model import ColBERT
+from nanocolbert import indexing
 from nanocolbert.checkpoints.layouts import check_made_by, model_of
 from nanocolbert.compute import default_device
 from nanocolbert.index import changes
 from nanocolbert.index.compressed import CompressedIndex
+from nanocolbert.indexing import Passage
 from nanocolbert.storage.artifact import check_file, read_meta, verify
-from nanocolbert.storage.tsv import batched, check_id, read_id_text, read_lines
-
-PASSAGES = 4096  # embedded and added at a time
+from nanocolbert.storage.tsv import check_id, read_id_text, read_lines
 
 
-def read_new(path):
-    """Yield (line number, pid, text) of a collection. Raises InputError for a pid that comes twice."""
-    lines = {}
+def read_new(path) -> Iterator[Passage]:
+    """Yield the passages of a collection."""
     for number, pid, text in read_id_text(path, "collection: pid, passage"):
-        if lines.setdefault(pid, number) != number:
-            raise InputError(f"{path}:{number}: id {pid!r} a second time (first in line {lines[pid]}): leave one out")
-        yield number, pid, text
-
-
-def check_new(index: CompressedIndex, model: ColBERT, path) -> None:
-    """Read a collection through, and raise InputError, naming the line, if a passage cannot be added."""
-    for block in batched(read_new(path), PASSAGES):
-        numbers, pids, texts = zip(*block, strict=True)
-        there = index.rows(list(pids)) >= 0
-        if there.any():
-            at = int(there.argmax())
-            raise InputError(
-                f"{path}:{numbers[at]}: {index.folder} has a passage {pids[at]} already: delete it first, or leave "
-                "it out"
-            )
-        if model.config.doc_maxlen >= LONGEST:
-            counts = model.kept_counts(*model.tokenize(list(texts), "passage"))
-            at = int(counts.argmax())
-            if counts[at] >= LONGEST:
-                raise InputError(
-                    f"{path}:{numbers[at]}: passage {pids[at]} has {counts[at]} embeddings, at most {LONGEST - 1} can "
-                    "be compressed: shorten it"
-                )
-
-
-def embed(model: ColBERT, path):
-    """Yield (values (T, D) fp16, lengths (n,), pids) of the passages of a collection, block by block."""
-    for block in batched(read_new(path), PASSAGES):
-        _, pids, texts = zip(*block, strict=True)
-        values, lengths, _ = model.embed_passages(*model.tokenize(list(texts), "passage"))
-        yield values, lengths, list(pids)
+        yield Passage(f"{path}:{number}", pid, text)
 
 
 def read_pids(path) -> tuple[list[str], list[str]]:
@@ -102,6 +73,8 @@ def main(args):
     meta = read_meta(args.index_dir, "index", "build_index.py", check=args.verify)
     if meta["method"] != "codes":
         raise InputError(f"{args.index_dir}: IVFPQ, which is not changed: build it anew, or with --method codes")
+    if args.replace and not args.add:
+        raise InputError("--replace says nothing without --add: leave it out")
     if args.compact:
         changed = changes.compact(args.index_dir)
     elif args.delete:
@@ -114,9 +87,8 @@ def main(args):
             verify(folder)
         model = ColBERT.from_pretrained(folder, device="cpu" if args.cpu else default_device())
         model.check_tokenizer(args.index_dir, meta)
-        # a pipe can be read once only
-        check = (lambda index: check_new(index, model, args.add)) if args.add.is_file() else (lambda index: None)
-        changed = changes.add(args.index_dir, embed(model, args.add), check)
+        is_file = args.add.is_file()  # a pipe can be read once only
+        changed = indexing.add(args.index_dir, model, lambda: read_new(args.add), is_file, args.replace)
     index = CompressedIndex(args.index_dir)
     return {
         "index_dir": str(args.index_dir),

@@ -26,7 +26,7 @@ from measure import DATA, REPO, add_results_flag, hardware, matmul_gflops, sprea
 from nanocolbert.index.clock import Clock
 from nanocolbert.index.knobs import Depths, depths_for
 from nanocolbert.storage.tsv import read_queries
-from retrieve import Searcher
+from search import Searcher
 
 BATCH = 32
 WARM_UP = 3  # queries

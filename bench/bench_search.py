@@ -42,7 +42,7 @@ from nanocolbert.storage.artifact import read_meta, write_json
 from nanocolbert.storage.checksums import sums_of
 from nanocolbert.storage.ragged import Ragged
 from nanocolbert.storage.tsv import read_queries
-from retrieve import Searcher
+from search import Searcher
 
 KS = (10, 100)
 EXACT_QUERIES = 10  # that exact search is timed with

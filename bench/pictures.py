@@ -21,7 +21,7 @@ import transformers
 from matplotlib.patches import FancyBboxPatch
 
 from nanocolbert.explain import Explanation, Token, explain
-from retrieve import Searcher
+from search import Searcher
 
 QUERY = "how do I read lines from a gzip file?"
 PID = "gzip.GzipFile"

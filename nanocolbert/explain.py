@@ -240,26 +240,35 @@ def explain(model, query: str, passage) -> Explanation:
     """
     text = passage if isinstance(passage, str) else passage.text
     if text is None:
-        raise InputError(
-            f"passage {passage.pid}: its text is not at hand: give the text itself, or Searcher the collection's file"
-        )
+        raise InputError(f"passage {passage.pid}: the index keeps no texts: give the text itself")
+    return explain_all(model, query, [text])[0]
+
+
+def explain_all(model, query: str, texts: list[str], vectors: list[np.ndarray] | None = None) -> list[Explanation]:
+    """Explain the scores of several passages for a query.
+
+    vectors: the passages' embeddings (Ld, D) in the order of their tokens, where they are at hand.
+    """
     ids, _ = model.frame_queries(*model.tokenize([query], "query"))
-    passage_ids, mask = model.frame_passages(*model.tokenize([text], "passage"))
-    vectors = model.encode_queries([query])[0, : ids.shape[1]]  # (Lq, D) without the rows that pad a shorter query
-    scored = vectors.any(-1)  # (Lq,)
-    (passage_vectors,) = model.encode_passages([text])  # (Ld, D)
+    embedded = model.encode_queries([query])[0, : ids.shape[1]]  # (Lq, D) without the rows that pad a shorter query
+    scored = embedded.any(-1)  # (Lq,)
     is_fill = ids[0] == model.config.mask_token_id  # no text holds that id
     (query,) = prepare_texts([query], "query", model.config.texts())
-    (text,) = prepare_texts([text], "passage", model.config.texts())
-    query_tokens = spell(model, query, ids[0].tolist(), "query")
-    tokens = spell(model, text, passage_ids[0].tolist(), "passage")
-    return Explanation(
-        text,
-        [query_tokens[at] for at in scored.nonzero()[:, 0].tolist()],
-        [tokens[at] for at in model.kept(passage_ids, mask)[0].nonzero()[:, 0].tolist()],
-        is_fill[scored].numpy(),
-        (vectors[scored] @ passage_vectors.float().T).numpy(),
-    )
+    tokens = spell(model, query, ids[0].tolist(), "query")
+    tokens = [tokens[at] for at in scored.nonzero()[:, 0].tolist()]
+    if vectors is None:
+        vectors = [part.numpy() for part in model.encode_passages(texts)]
+    found = []
+    for text, own in zip(texts, vectors, strict=True):
+        passage_ids, mask = model.frame_passages(*model.tokenize([text], "passage"))
+        (text,) = prepare_texts([text], "passage", model.config.texts())
+        passage = spell(model, text, passage_ids[0].tolist(), "passage")
+        passage = [passage[at] for at in model.kept(passage_ids, mask)[0].nonzero()[:, 0].tolist()]
+        if len(passage) != len(own):
+            raise InputError(f"passage {text[:40]!r}: {len(own)} embeddings of {len(passage)} tokens: not this model's")
+        similarity = embedded[scored].numpy() @ own.astype(np.float32).T
+        found.append(Explanation(text, tokens, passage, is_fill[scored].numpy(), similarity))
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------- to tokens

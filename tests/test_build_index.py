@@ -15,7 +15,7 @@ from nanocolbert.cli import InputError
 from nanocolbert.index.centroids import default_nlist
 from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.storage.ragged import Ragged
-from retrieve import Searcher
+from search import Searcher
 
 
 def test_index_holds_every_embedding(index_dir, embedding_dir):

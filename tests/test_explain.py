@@ -18,7 +18,7 @@ import model as model_module
 from model import ColBERT
 from nanocolbert.cli import InputError
 from nanocolbert.explain import COLUMNS, GAP, explain
-from retrieve import Hit
+from search import Hit
 
 QUERY = "find the $old$ boat, and <b>drums</b>?"
 PASSAGES = [
@@ -171,7 +171,7 @@ def test_of_a_long_passage_the_heatmap_leaves_out_what_is_least_similar(colbert)
 def test_a_hit_is_explained_by_its_text(colbert):
     hit = Hit("p1", 1.0, "The old boat")
     assert np.array_equal(explain(colbert, QUERY, hit).similarity, explain(colbert, QUERY, hit.text).similarity)
-    with pytest.raises(InputError, match="p1: its text is not at hand"):
+    with pytest.raises(InputError, match="p1: the index keeps no texts"):
         explain(colbert, QUERY, hit._replace(text=None))
 
 

@@ -33,6 +33,7 @@ MAY_KNOW = {
     "index": (*GROUND, "storage", "maxsim"),
     "server": ("cli",),
     "training": (*GROUND, "storage", "maxsim", "text", "config", "encoder"),
+    "indexing": (*GROUND, "storage", "text", "checkpoints", "index"),
     "explain": (*GROUND, "storage", "maxsim", "text", "config"),
 }
 MAY_KNOW = {f"nanocolbert.{name}": {f"nanocolbert.{other}" for other in others} for name, others in MAY_KNOW.items()}

@@ -8,7 +8,7 @@ from conftest import ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from retrieve import Searcher
+from search import Searcher
 
 PATH = ROOT / "notebooks" / "colbert.ipynb"
 QUERY = "how do I read the lines of a gzip file?"

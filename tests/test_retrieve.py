@@ -19,7 +19,7 @@ from nanocolbert.storage import runs
 from nanocolbert.storage.artifact import lock
 from nanocolbert.storage.ragged import Ids, Ragged
 from nanocolbert.storage.tsv import read_queries
-from retrieve import Searcher
+from search import Searcher
 
 FULL = ("--nprobe", 4, "--faiss_depth", 5000, "--rerank_depth", 40)  # more than there is: FAISS answers with -1
 

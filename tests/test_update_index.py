@@ -8,11 +8,13 @@ import pytest
 from conftest import call_stage, succeed
 
 from model import ColBERT
-from retrieve import Searcher
+from search import Searcher
 
 
 def test_update_stage(codes_dir, model_dir, toy_dir, tmp_path):
-    texts = dict(line.split("\t") for line in (toy_dir / "collection.tsv").read_text().splitlines())
+    texts = {"new2": "green apple"} | dict(
+        line.split("\t") for line in (toy_dir / "collection.tsv").read_text().splitlines()
+    )
     index = shutil.copytree(codes_dir, tmp_path / "index")
     (tmp_path / "more.tsv").write_text("new1\tred apple red apple\nnew2\tgreen apple\n")
     flags = ["--index_dir", index, "--model", model_dir, "--cpu"]
@@ -23,9 +25,13 @@ def test_update_stage(codes_dir, model_dir, toy_dir, tmp_path):
     (tmp_path / "pids.txt").write_text("new1\n" + pids[-1] + "\n")
     succeed(call_stage("update_index.py", "--index_dir", index, "--delete", tmp_path / "pids.txt"))
     succeed(call_stage("update_index.py", "--index_dir", index, "--compact"))
-    hits = Searcher(index, model_dir, "cpu", toy_dir / "collection.tsv").search("red apple", k=100)
+    hits = Searcher(index, model_dir, "cpu").search("red apple", k=100)
     left = set(pids) - {"new1", pids[-1]}
-    assert {hit.pid: hit.text for hit in hits} == {pid: texts.get(pid) for pid in left}  # though the rows have moved
+    assert {hit.pid: hit.text for hit in hits} == {pid: texts[pid] for pid in left}  # though the rows have moved
+    (tmp_path / "more.tsv").write_text("new2\told boat\n")
+    succeed(call_stage("update_index.py", *flags, "--add", tmp_path / "more.tsv", "--replace"))
+    hits = Searcher(index, model_dir, "cpu").search("red apple", k=100)
+    assert {hit.pid: hit.text for hit in hits} == {pid: texts[pid] for pid in left} | {"new2": "old boat"}
 
 
 @pytest.mark.parametrize(
@@ -34,6 +40,7 @@ def test_update_stage(codes_dir, model_dir, toy_dir, tmp_path):
         (("--add", "more.tsv"), "more.tsv:2: id 'new1' a second time"),
         (("--add", "nowhere.tsv"), "nowhere.tsv: no such file"),
         (("--delete", "pids.txt"), "pids.txt:1: "),
+        (("--delete", "pids.txt", "--replace"), "--replace says nothing without --add"),
         (("--delete", "blank.txt"), "blank.txt:2: id '' is empty"),
     ],
 )

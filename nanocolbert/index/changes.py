@@ -18,8 +18,9 @@ from nanocolbert.index.codec import Codec, Codes
 from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.index.segments import FIRST, SegmentWriter, read_state
 from nanocolbert.storage.artifact import link, locked, write_json
-from nanocolbert.storage.checksums import Spans, sum_of
+from nanocolbert.storage.checksums import sum_of
 from nanocolbert.storage.ragged import ranges
+from nanocolbert.storage.texts import link_texts, metadata_of, texts_of
 
 COMPACT_PASSAGES = 4096  # passages copied at a time
 
@@ -55,10 +56,11 @@ def _remove_leftovers(folder: Path, state: dict) -> None:
                 path.unlink()
 
 
-def create(folder, codec: Codec, blocks: Iterable, vectors=None, spans: Spans | None = None) -> None:
+def create(folder, codec: Codec, blocks: Iterable, vectors=None, texts=None, known: dict | None = None) -> None:
     """Write codec, state and a first segment of compressed blocks (codes, pids) into an empty folder.
 
-    vectors: the .npy file of all values, to be linked and kept; spans: its checksums, if they are known.
+    To be linked and kept: vectors, the .npy file of all values; texts, of the artifact in this folder, if there are
+    any. known: checksums, as they are known, of vectors.npy and of what the texts consist of.
     """
     folder = Path(folder)
     codec.save(folder)
@@ -67,28 +69,33 @@ def create(folder, codec: Codec, blocks: Iterable, vectors=None, spans: Spans | 
         writer.append(codes, pids)
     if vectors is not None:
         link(Path(vectors), writer.folder / "vectors.npy")
-    files = writer.close({"vectors.npy": spans} if spans else None)
-    state = {"version": 1, "segments": [{"name": FIRST, "alive": None, "files": files}]}
+    if texts is not None:
+        link_texts(texts, writer.folder, writer.n)
+    state = {"version": 1, "segments": [{"name": FIRST, "alive": None, "files": writer.close(known)}]}
     write_json(folder / "state.json", state, summed=True)
 
 
-def add(folder, blocks: Iterable, check: Callable = lambda index: None) -> int:
-    """Add passages to an index: blocks of (values (T, D), lengths (n,), pids); returns how many.
+def add(folder, blocks: Iterable, check: Callable = lambda index: None, replace: bool = False) -> int:
+    """Add passages to an index; returns how many. replace: those whose ids are there already take their place.
 
-    check(index): called before the first block is taken. Raises InputError if one of the ids is there already; the
-    index is then as it was.
+    blocks: (values (T, D), lengths (n,), pids), where the index keeps texts with these and metadata (or None) too.
+    check(index): called before the first block is taken. Raises InputError if one of the ids is there already, or comes
+    twice; the index is then as it was.
     """
     with changing(folder) as state:
-        index, taken, name = CompressedIndex(folder), set(), str(state["version"])
+        index, taken, name, replaced = CompressedIndex(folder), set(), str(state["version"]), []
         check(index)
-        writer = SegmentWriter(Path(folder) / "segments" / name, index.codec, index.keeps_vectors)
-        for values, lengths, pids in blocks:
-            for pid, row in zip(pids, index.rows(pids).tolist(), strict=True):
-                if row >= 0 or pid in taken:
+        writer = SegmentWriter(Path(folder) / "segments" / name, index.codec, index.keeps_vectors, index.keeps_texts)
+        for values, lengths, pids, *contents in blocks:
+            rows = index.rows(pids)
+            for pid, row in zip(pids, rows.tolist(), strict=True):
+                if pid in taken or (row >= 0 and not replace):
                     raise InputError(f"{folder}: has a passage {pid} already: delete it first, or leave it out")
                 taken.add(pid)
-            writer.append(index.codec.encode(values, lengths), pids, values)
+            replaced.append(rows[rows >= 0])
+            writer.append(index.codec.encode(values, lengths), pids, values, *contents)
         files = writer.close()
+        _mark(state, index, np.concatenate([np.zeros(0, np.int64), *replaced]))
         if writer.n:
             state["segments"].append({"name": name, "alive": None, "files": files})
     return writer.n
@@ -106,17 +113,22 @@ def delete(folder, pids: list[str], places: list[str] | None = None) -> int:
             first = int((rows < 0).argmax())
             raise InputError(f"{f'{places[first]}: ' if places else ''}{folder} has no passage {pids[first]}")
         rows = np.unique(rows)
-        entries = {segment.folder.name: entry for segment, entry in zip(index.segments, state["segments"], strict=True)}
-        for segment, part in index.parts(rows):
-            entry = entries[segment.folder.name]
-            alive = segment.alive.copy()
-            alive[rows[part] - segment.first_row] = False
-            entry["alive"] = f"alive-{state['version']}.npy"
-            np.save(segment.folder / entry["alive"], alive)
-            if "files" in entry:
-                others = {name: spans for name, spans in entry["files"].items() if not name.startswith("alive-")}
-                entry["files"] = others | {entry["alive"]: [sum_of(segment.folder / entry["alive"])]}
+        _mark(state, index, rows)
     return len(rows)
+
+
+def _mark(state: dict, index: CompressedIndex, rows: np.ndarray) -> None:
+    """Note in a state that rows (n,) are deleted."""
+    entries = {segment.folder.name: entry for segment, entry in zip(index.segments, state["segments"], strict=True)}
+    for segment, part in index.parts(np.sort(rows)):
+        entry = entries[segment.folder.name]
+        alive = segment.alive.copy()
+        alive[np.sort(rows)[part] - segment.first_row] = False
+        entry["alive"] = f"alive-{state['version']}.npy"
+        np.save(segment.folder / entry["alive"], alive)
+        if "files" in entry:
+            others = {name: spans for name, spans in entry["files"].items() if not name.startswith("alive-")}
+            entry["files"] = others | {entry["alive"]: [sum_of(segment.folder / entry["alive"])]}
 
 
 def compact(folder) -> int:
@@ -124,8 +136,7 @@ def compact(folder) -> int:
     with changing(folder) as state:
         index, name = CompressedIndex(folder), str(state["version"])
         index.check()
-        writer = SegmentWriter(Path(folder) / "segments" / name, index.codec, index.keeps_vectors)
-        np.save(writer.folder / "origins.npy", index.origin(np.flatnonzero(index.alive())))
+        writer = SegmentWriter(Path(folder) / "segments" / name, index.codec, index.keeps_vectors, index.keeps_texts)
         for segment in index.segments:
             alive = np.flatnonzero(segment.alive)
             for rows in np.array_split(alive, math.ceil(len(alive) / COMPACT_PASSAGES) or 1):
@@ -135,6 +146,7 @@ def compact(folder) -> int:
                     for data, *where in zip((segment.coarse, segment.fine), starts, lengths, strict=True)
                 )
                 vectors = segment.vectors.gather(rows)[0] if index.keeps_vectors else None
-                writer.append(Codes(coarse, fine, segment.sizes[rows]), segment.pids.text(rows), vectors)
+                contents = texts_of(segment.texts, rows), metadata_of(segment.texts, rows)
+                writer.append(Codes(coarse, fine, segment.sizes[rows]), segment.pids.text(rows), vectors, *contents)
         state["segments"] = [{"name": name, "alive": None, "files": writer.close()}]
     return writer.n

@@ -9,7 +9,8 @@ A query goes through up to four steps, each cheaper and coarser than the next:
  4. exact: the first `n_exact` of these by exact MaxSim, where the index keeps the fp16 vectors (exact.py).
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from nanocolbert.index.knobs import Effort, effort_for
 from nanocolbert.index.ranking import Ranking, highest, top
 from nanocolbert.index.segments import BLOCK, Segment, read_state
 from nanocolbert.storage.artifact import read_json
+from nanocolbert.storage.texts import metadata_of, texts_of
 
 
 class CompressedIndex:
@@ -41,6 +43,7 @@ class CompressedIndex:
             raise InputError(f"{folder}: not a compressed index (no state.json): run build_index.py first")
         self.codec = Codec.load(self.folder)
         while True:
+            self._seen = seen(self.folder)  # before it is read: a change in between is one more to look at
             self.state, error = read_state(self.folder), None
             try:
                 self._open()
@@ -61,6 +64,7 @@ class CompressedIndex:
             self.n += len(self.segments[-1])
         without = [segment.folder for segment in self.segments if segment.vectors is None]
         self.keeps_vectors = not without
+        self.keeps_texts = all(segment.texts is not None for segment in self.segments)
         if without and len(without) < len(self.segments):
             raise InputError(f"{without[0] / 'vectors.npy'}: missing: restore it, or make {self.folder} again")
 
@@ -85,21 +89,56 @@ class CompressedIndex:
         """Whether each row is there, (n,) bool."""
         return np.concatenate([np.zeros(0, bool), *(segment.alive for segment in self.segments)])
 
-    def origin(self, rows: np.ndarray) -> np.ndarray:
-        """Where the given rows stand in the collection that the index was built from, (n,) int64; -1: added later."""
-        found = np.empty(len(rows), np.int64)
-        for segment in self.segments:
-            here = (rows >= segment.first_row) & (rows < segment.first_row + len(segment))
-            found[here] = segment.origin(rows[here] - segment.first_row)
-        return found
-
-    def text(self, rows: np.ndarray) -> list[str]:
+    def ids(self, rows: np.ndarray) -> list[str]:
         """Ids of the given rows."""
+        return self._gather(rows, lambda segment, local: segment.pids.text(local))
+
+    def texts(self, rows: np.ndarray) -> list[str | None]:
+        """Texts of the given rows; None where they are not kept."""
+        return self._gather(rows, lambda segment, local: texts_of(segment.texts, local))
+
+    def metadata(self, rows: np.ndarray) -> list[dict | None]:
+        """What else is known of the given rows."""
+        return self._gather(rows, lambda segment, local: metadata_of(segment.texts, local))
+
+    def _gather(self, rows: np.ndarray, read: Callable) -> list:
+        """What read(segment, its rows) gives, in the order of `rows` (n,)."""
         found = np.empty(len(rows), object)
         for segment in self.segments:
-            here = (rows >= segment.first_row) & (rows < segment.first_row + len(segment))
-            found[here] = segment.pids.text(rows[here] - segment.first_row)
+            here = np.flatnonzero((rows >= segment.first_row) & (rows < segment.first_row + len(segment)))
+            for at, value in zip(here, read(segment, rows[here] - segment.first_row), strict=True):
+                found[at] = value
         return found.tolist()
+
+    def vectors(self, rows: np.ndarray) -> list[np.ndarray] | None:
+        """Embeddings (Ld, D) fp16 of the given rows, in the order of their tokens; None where they are not kept."""
+        if not self.keeps_vectors:
+            return None
+        return self._gather(rows, lambda segment, local: [segment.vectors[row] for row in local])
+
+    @property
+    def version(self) -> int:
+        """How often the index had been changed, from 1."""
+        return self.state["version"]
+
+    def is_current(self) -> bool:
+        """Whether what is open is what lies on disk; cheap while it is."""
+        return self._seen == seen(self.folder)
+
+    @property
+    def fields(self) -> list[str]:
+        """The names that metadata of passages have."""
+        return list(dict.fromkeys(name for part in self.segments if part.texts for name in part.texts.metadata.fields))
+
+    def where(self, condition: str) -> np.ndarray:
+        """Whether each row's metadata fulfil a condition, as SQL has it, (n,) bool. Raises InputError."""
+        fields, fulfil = self.fields, np.zeros(len(self), bool)
+        if not fields:
+            raise InputError(f"{self.folder}: where {condition[:200]!r}: its passages have no metadata: leave it out")
+        for segment in self.segments:
+            if segment.texts is not None:
+                fulfil[segment.first_row + segment.texts.metadata.where(condition, fields)] = True
+        return fulfil
 
     def rows(self, pids: list[str]) -> np.ndarray:
         """The row of each id that is there, (n,) int64; -1 for the others."""
@@ -221,3 +260,9 @@ class CompressedIndex:
             part = slice(*np.searchsorted(rows, [segment.first_row, segment.first_row + len(segment)]))
             if part.start < part.stop:
                 yield segment, part
+
+
+def seen(folder: Path) -> tuple[int, ...]:
+    """What changes whenever state.json is replaced."""
+    found = os.stat(folder / "state.json")
+    return found.st_ino, found.st_mtime_ns, found.st_size

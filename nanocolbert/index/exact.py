@@ -15,6 +15,7 @@ from nanocolbert.index.ranking import Ranking, highest, top
 from nanocolbert.maxsim import maxsim_packed
 from nanocolbert.progress import progress
 from nanocolbert.storage.ragged import Ids, Ragged, neighbours
+from nanocolbert.storage.texts import Texts, metadata_of, texts_of
 
 ROWS_TOKENS = {"cpu": 4096, "cuda": 1 << 20}  # embeddings of given passages scored at a time
 EXACT_TOKENS = 4096  # embeddings scored at a time of all
@@ -45,6 +46,7 @@ class ExactIndex:
     """Stored embeddings, without an index; a row is a passage's position in the collection."""
 
     streams = True  # scoring every passage reads them all: queries had better come at once
+    version, fields = 1, ()
     effort = staticmethod(depths_for)
 
     def __init__(self, folder, meta: dict, device="cpu"):
@@ -52,6 +54,7 @@ class ExactIndex:
         self.folder, self.meta, self.device, self.clock = Path(folder), meta, torch.device(device), Clock()
         self.embeddings = Ragged(self.folder, "f2")
         self.pids = Ids(self.folder / "pids.npy", len(self.embeddings))
+        self.kept_texts = Texts.of(self.folder, len(self.embeddings))
         found, wanted = self.embeddings.values.shape, (meta.get("embeddings", len(self.embeddings.values)), meta["dim"])
         if found != wanted:
             raise InputError(
@@ -59,7 +62,7 @@ class ExactIndex:
                 f"{self.folder} again"
             )
         if len(empty := np.flatnonzero(self.embeddings.offsets[1:] == self.embeddings.offsets[:-1])):
-            pid = self.text(empty[:1])[0]
+            pid = self.ids(empty[:1])[0]
             raise InputError(f"{self.folder}: passage {pid} has no embeddings: leave it out of the collection")
 
     def __len__(self) -> int:
@@ -70,13 +73,21 @@ class ExactIndex:
         """Whether each row is there, (n,) bool: all are."""
         return np.ones(len(self), bool)
 
-    def origin(self, rows: np.ndarray) -> np.ndarray:
-        """Where the given rows stand in the collection that the embeddings were made from, (n,)."""
-        return rows
-
-    def text(self, rows: np.ndarray) -> list[str]:
+    def ids(self, rows: np.ndarray) -> list[str]:
         """Ids of the given rows."""
         return self.pids.text(rows)
+
+    def texts(self, rows: np.ndarray) -> list[str | None]:
+        """Texts of the given rows; None where they are not kept."""
+        return texts_of(self.kept_texts, rows)
+
+    def metadata(self, rows: np.ndarray) -> list[dict | None]:
+        """What else is known of the given rows."""
+        return metadata_of(self.kept_texts, rows)
+
+    def vectors(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Embeddings (Ld, D) fp16 of the given rows."""
+        return [self.embeddings[row] for row in rows]
 
     def rows(self, pids: list[str]) -> np.ndarray:
         """The row of each id that is there, (n,) int64; -1 for the others."""

@@ -17,6 +17,8 @@ from nanocolbert.index.kernels.score import wrong_passage
 from nanocolbert.storage.artifact import read_json
 from nanocolbert.storage.checksums import Spans, check_sizes, sums_of
 from nanocolbert.storage.ragged import Ids, IdWriter, NpyWriter, Ragged, check_offsets, load_npy, ranges
+from nanocolbert.storage.texts import FOLDER as TEXTS
+from nanocolbert.storage.texts import Texts, TextWriter
 
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # memory maps; nothing writes to them
 
@@ -44,7 +46,7 @@ def read_state(folder) -> dict:
 class SegmentWriter:
     """Write a segment: passages in blocks, in order; whole once `close` was called."""
 
-    def __init__(self, folder, codec: Codec, keep_vectors: bool):
+    def __init__(self, folder, codec: Codec, keep_vectors: bool, keep_texts: bool = False):
         self.folder, self.codec = Path(folder), codec
         self.folder.mkdir(parents=True)
         self.coarse, self.fine = (NpyWriter(self.folder / f"{name}.npy", np.uint8) for name in ("coarse", "fine"))
@@ -55,13 +57,16 @@ class SegmentWriter:
         self.offsets.append(np.zeros((1, 2), np.int64))
         self.pids = IdWriter(self.folder / "pids.npy")
         self.vectors = NpyWriter(self.folder / "vectors.npy", np.float16, (codec.dim,)) if keep_vectors else None
+        self.texts = TextWriter(self.folder / TEXTS) if keep_texts else None
         self.pending: list[np.ndarray] = []  # centroids and passages of the block that is not full yet
         self.n = 0
 
-    def append(self, codes: Codes, pids: list[str], vectors=None) -> None:
-        """Compressed passages, their ids, and their vectors if they are kept."""
+    def append(self, codes: Codes, pids: list[str], vectors=None, texts=None, metadata=None) -> None:
+        """Compressed passages, their ids, and what is kept of them: vectors, texts, with these objects or None."""
         coarse, fine, sizes = codes
         self.pids.append(pids)
+        if self.texts is not None:
+            self.texts.append(texts, metadata)
         if self.vectors is not None:
             self.vectors.append(vectors)
         ends = self.codec.passage_bytes(sizes).cumsum(0)
@@ -96,7 +101,7 @@ class SegmentWriter:
         if self.n > self.starts.n_rows * BLOCK:
             self._write_lists()
         writers = [self.coarse, self.fine, self.sizes, self.lists, self.starts, self.offsets, self.pids]
-        for writer in writers + [self.vectors] * (self.vectors is not None):
+        for writer in (*writers, *(kept for kept in (self.vectors, self.texts) if kept is not None)):
             writer.close()
         return sums_of(self.folder, known)
 
@@ -124,7 +129,7 @@ class Segment:
         if entry["alive"]:
             self.alive = load_npy(self.folder / entry["alive"], "b1", (n,), mmap=False)
         has = entry["files"].__contains__ if "files" in entry else lambda name: (self.folder / name).is_file()
-        self.origins = self._load("origins", "i8", n) if has("origins.npy") else None
+        self.texts = Texts.of(self.folder, n)
         self.vectors = None
         if has("vectors.npy"):
             offsets = np.append(0, self.sizes.sum(1, dtype=np.int64).cumsum())
@@ -148,9 +153,3 @@ class Segment:
 
     def __len__(self) -> int:
         return len(self.sizes)
-
-    def origin(self, rows: np.ndarray) -> np.ndarray:
-        """Where passages stand in the collection that the index was built from, (n,) int64; -1: added later."""
-        if self.origins is not None:
-            return self.origins[rows]
-        return rows if self.folder.name == FIRST else np.full(len(rows), -1)

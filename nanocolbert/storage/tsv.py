@@ -10,14 +10,9 @@ import gzip
 import itertools
 import os
 import re
-import shutil
-import tempfile
-import threading
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import numpy as np
 
 from nanocolbert.cli import InputError
 from nanocolbert.storage.artifact import check_file
@@ -126,51 +121,6 @@ def read_queries(path) -> dict[str, str]:
     return queries
 
 
-class Collection:
-    """The lines of a collection by position: `len`, and (pid, passage) by `[row]`, read from disk one at a time.
-
-    Memory holds where each line begins, 8 bytes a line; a .gz is unpacked into a temporary file on disk.
-    """
-
-    def __init__(self, path):
-        self.path = Path(path)
-        with open_bytes(path, "collection: pid, passage") as file:
-            first = 0
-            if self.path.suffix == ".gz":
-                self.file = tempfile.TemporaryFile()  # noqa: SIM115 - read as long as this object lives
-                shutil.copyfileobj(file, self.file, BLOCK)
-            else:
-                first = file.tell()  # behind a byte-order mark
-                self.file = open(path, "rb")  # noqa: SIM115
-        self.starts = line_starts(self.file, first)  # (n + 1,)
-        self.lock = threading.Lock()  # of the file's position
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def __getitem__(self, row: int) -> tuple[str, str]:
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
-        with self.lock:
-            self.file.seek(self.starts[row])
-            line = self.file.read(self.starts[row + 1] - self.starts[row])
-        fields = decode(self.path, row + 1, line).split("\t")
-        if len(fields) != 2:
-            raise InputError(f"{self.path}:{row + 1}: found {len(fields)} column(s), expected 2 (pid, passage)")
-        return fields[0], fields[1]
-
-
-def line_starts(file, first: int = 0) -> np.ndarray:
-    """Where each line of a binary file begins, from byte `first` on, and where the last one ends (n + 1,) int64."""
-    size, ends = file.seek(0, os.SEEK_END), [np.array([first])]
-    file.seek(first)
-    for start in range(first, size, BLOCK):
-        block = np.frombuffer(file.read(BLOCK), np.uint8)
-        ends.append(np.flatnonzero(block == ord("\n")) + start + 1)
-    starts = np.concatenate(ends)
-    return starts if starts[-1] == size else np.append(starts, size)  # the last line may lack its newline
-
-
 def count_lines(path) -> int:
     """Lines in a file, the last one counted whether or not it ends in a newline."""
     with open_bytes(Path(path), "text") as file:
@@ -182,9 +132,3 @@ def batched(iterable, size: int):
     iterator = iter(iterable)
     while chunk := list(itertools.islice(iterator, size)):
         yield chunk
-
-
-def find_collection(folder, meta: dict) -> Path | None:
-    """The file with the passages that an artifact was made from, as its meta.json says; None where it is gone."""
-    path = Path(folder).resolve() / (meta.get("collection_path") or "")
-    return path if path.is_file() else None

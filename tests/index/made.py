@@ -80,7 +80,7 @@ def check_against(index: CompressedIndex, passages: dict[str, np.ndarray], query
     slow = brute_force(passages, query)
     best = sorted(slow.values(), reverse=True)[:10]
     assert len(rows) == len(best) and np.allclose(scores, best, atol=tolerance)
-    assert np.allclose([slow[pid] for pid in index.text(rows)], scores, atol=tolerance)
+    assert np.allclose([slow[pid] for pid in index.ids(rows)], scores, atol=tolerance)
 
 
 def change(path: Path, edit) -> None:

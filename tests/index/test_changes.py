@@ -72,7 +72,7 @@ def test_a_deleted_id_may_come_back_and_others_may_not_twice(codec, tmp_path):
     new = block(1, 3, ["2-3"])
     add(folder, [new])
     index = CompressedIndex(folder)
-    assert index.rows(["2-3"]).tolist() == [20] and index.text(np.array([20])) == ["2-3"]
+    assert index.rows(["2-3"]).tolist() == [20] and index.ids(np.array([20])) == ["2-3"]
 
 
 def test_readers_go_on_with_what_they_opened(codec, tmp_path):
@@ -80,17 +80,17 @@ def test_readers_go_on_with_what_they_opened(codec, tmp_path):
     folder, query = make_index(tmp_path / "index", codec, first), make_query(6, 1)
     index = CompressedIndex(folder)
     before = search_one(index, query, 10, EVERYTHING)
-    delete(folder, index.text(before[0][:5]))
+    delete(folder, index.ids(before[0][:5]))
     add(folder, [block(10, 3)])
     compact(folder)
     after = search_one(index, query, 10, EVERYTHING)
     assert all(np.array_equal(*pair) for pair in zip(before, after, strict=True))
-    assert not set(index.text(before[0][:5])) & set(CompressedIndex(folder).text(np.arange(85)))
+    assert not set(index.ids(before[0][:5])) & set(CompressedIndex(folder).ids(np.arange(85)))
 
 
 def test_an_index_can_be_emptied(codec, tmp_path):
     folder = make_index(tmp_path / "index", codec, block(5, 2))
-    delete(folder, CompressedIndex(folder).text(np.arange(5)))
+    delete(folder, CompressedIndex(folder).ids(np.arange(5)))
     assert len(search_one(CompressedIndex(folder), make_query(4, 1), 3, effort_for("fast", 3))[0]) == 0
     compact(folder)
     add(folder, [block(4, 3)])
@@ -140,7 +140,7 @@ def test_kill_9_leaves_the_old_index_or_the_new_one(codec, tmp_path, monkeypatch
         process.kill()
         process.join()
         index, counts = CompressedIndex(folder), {}
-        for pid in index.text(np.flatnonzero(index.alive())):
+        for pid in index.ids(np.flatnonzero(index.alive())):
             seed, number = map(int, pid.split("-"))
             counts.setdefault(seed, []).append(number)
         assert sorted(counts.pop(2)) == list(range(30))

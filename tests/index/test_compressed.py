@@ -57,7 +57,7 @@ def test_more_effort_is_not_worse(codec, tmp_path):
             query = make_query(8, seed)
             slow = brute_force(truth, query)
             best = sorted(slow, key=slow.get, reverse=True)[:10]
-            overlap += len(set(best) & set(index.text(search_one(index, query, 10, effort)[0])))
+            overlap += len(set(best) & set(index.ids(search_one(index, query, 10, effort)[0])))
         found[name] = overlap / 200
     assert found["little"] < found["best"] and found["fast"] <= found["default"] + 0.02
     assert found["best"] > 0.85  # coarse codes choose 400 of the 2,000; here they are weak, trained on a small sample

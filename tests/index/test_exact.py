@@ -32,7 +32,7 @@ def test_against_three_loops(tmp_path, monkeypatch):
         best = sorted(range(60), key=lambda row: -slow[row])
         assert every[0].tolist() == best[:9] and np.allclose(every[1], [slow[row] for row in best[:9]], atol=1e-4)
         assert some[0].tolist() == [row for row in best if row in (2, 7, 50)]
-    assert index.text(np.array([3])) == ["30"] and index.rows(["30", "31"]).tolist() == [3, -1]
+    assert index.ids(np.array([3])) == ["30"] and index.rows(["30", "31"]).tolist() == [3, -1]
     assert index.clock.seconds.keys() == {"MaxSim", "merge", "read embeddings"}
 
 

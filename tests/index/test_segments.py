@@ -23,7 +23,7 @@ SEGMENT = "segments/2/"
 
 @pytest.fixture(scope="module")
 def kept_dir(tmp_path_factory, codec) -> Path:
-    """An index with vectors, origins and deleted passages."""
+    """An index with vectors and deleted passages."""
     folder = make_index(tmp_path_factory.mktemp("kept") / "index", codec, block(200, 2), vectors=True)
     compact(folder)
     delete(folder, ["2-3"])
@@ -57,7 +57,6 @@ def verify_segments(folder: Path) -> None:
         (SEGMENT + "lists.npy", lambda lists: lists[:-1]),
         (SEGMENT + "alive-3.npy", lambda alive: alive[:-1]),
         (SEGMENT + "alive-3.npy", lambda alive: alive.astype(np.int8)),
-        (SEGMENT + "origins.npy", lambda origins: origins[:-1]),
         (SEGMENT + "vectors.npy", lambda vectors: vectors[:-1]),
         (SEGMENT + "vectors.npy", lambda vectors: vectors.astype(">f2")),
         (SEGMENT + "pids.npy", lambda pids: pids[:0]),
@@ -86,7 +85,7 @@ def test_arrays_that_do_not_fit_are_refused(kept_dir, tmp_path, name, edit):
 
 
 def test_what_is_listed_is_there(kept_dir, tmp_path):
-    for name in ("vectors.npy", "origins.npy", "alive-3.npy", "lists.npy"):
+    for name in ("vectors.npy", "alive-3.npy", "lists.npy"):
         folder = shutil.copytree(kept_dir, tmp_path / name)
         (folder / SEGMENT / name).unlink()
         with pytest.raises(InputError, match=f"{name}: missing"):
@@ -112,7 +111,7 @@ def test_an_old_index_opens_and_changes(kept_dir, tmp_path):
     folder = shutil.copytree(kept_dir, tmp_path / "index")
     make_old(folder)
     index, query = CompressedIndex(folder), make_query(6, 1)
-    assert index.keeps_vectors and np.array_equal(index.origin(np.arange(5)), np.arange(5))
+    assert index.keeps_vectors and not index.keeps_texts
     before = search_one(index, query, 10, EVERYTHING)
     assert np.array_equal(search_one(CompressedIndex(kept_dir), query, 10, EVERYTHING)[0], before[0])
     delete(folder, ["2-5"])

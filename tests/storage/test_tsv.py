@@ -88,42 +88,6 @@ def test_read_queries(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz"])
 @pytest.mark.parametrize("end", ["", "\n"])
-@pytest.mark.parametrize("block", [1, 7, 1 << 20])
-def test_collection_by_position(tmp_path, monkeypatch, name, end, block):
-    monkeypatch.setattr(tsv, "BLOCK", block)
-    path = write(tmp_path / name, ("p1\tone\np2\t\n\u00e9\tx\u2028 \u65e5\u672c\r\np4\tlast" + end).encode())
-    collection = Collection(path)
-    expected = [(pid, text) for _, pid, text in read_id_text(path, "collection")]
-    assert len(collection) == len(expected) == 4
-    for row in (3, 0, 2, 1, 1):
-        assert collection[row] == expected[row]
-    for row in (4, -1):
-        with pytest.raises(IndexError):
-            collection[row]
-
-
-def test_collection_mistakes(tmp_path):
-    assert len(Collection(write(tmp_path / "empty.tsv", b""))) == 0
-    with pytest.raises(InputError, match=r"a\.tsv:2: found 1 column"):
-        Collection(write(tmp_path / "a.tsv", b"a\tb\nc\n"))[1]
-    with pytest.raises(InputError, match=r"none\.tsv: no such file"):
-        Collection(tmp_path / "none.tsv")
-    path = write(tmp_path / "b.tsv.gz", b"a\tb\n" * 1000)
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(InputError, match=r"b\.tsv\.gz: broken gzip file"):
-        Collection(path)
-
-
-def test_a_collection_is_not_held_in_memory(tmp_path):
-    path = write(tmp_path / "a.tsv", b"".join(b"%d\t%s\n" % (i, b"word " * 400) for i in range(20_000)))  # 40 MB
-    tracemalloc.start()
-    collection = Collection(path)
-    assert collection[19_999] == ("19999", "word " * 400)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < path.stat().st_size / 3
-
-
 @pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz"])
 def test_how_far_a_reader_has_come(tmp_path, name, monkeypatch):
     """In bytes on disk: of a .gz too, whose size unpacked nobody knows."""

@@ -1,0 +1,90 @@
+"""What is kept of passages beside their embeddings: their texts, and what else was known of them.
+
+A folder texts/: a ragged array of UTF-8 bytes, memory-mapped; where there is metadata, metadata.sqlite beside it.
+"""
+
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from nanocolbert.cli import InputError
+from nanocolbert.storage.artifact import link
+from nanocolbert.storage.metadata import Metadata, MetadataWriter
+from nanocolbert.storage.ragged import Ragged, RaggedWriter
+
+FOLDER, METADATA = "texts", "metadata.sqlite"
+
+
+class TextWriter:
+    """Append texts, and metadata, of passages to a folder; it is whole once `close` was called."""
+
+    def __init__(self, folder):
+        self.texts = RaggedWriter(folder, np.uint8)
+        self.metadata = MetadataWriter(Path(folder) / METADATA)
+
+    def append(self, texts: list[str], metadata: Iterable[dict | None] | None = None) -> None:
+        """Texts, and an object of each or None."""
+        if metadata is not None:
+            self.metadata.append(len(self.texts), metadata)
+        encoded = [text.encode() for text in texts]
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        self.texts.append(np.frombuffer(b"".join(encoded), np.uint8), lengths)
+
+    def close(self) -> None:
+        self.texts.close()
+        self.metadata.close()
+
+
+class Texts:
+    """The texts of an artifact's n passages, and their metadata; opened when they are first asked for."""
+
+    def __init__(self, folder, n: int):
+        self.folder, self.n = Path(folder), n
+
+    @cached_property
+    def bytes(self) -> Ragged:
+        """Raises InputError where they are not those of n passages."""
+        found = Ragged(self.folder, "u1")
+        if len(found) != self.n:
+            raise InputError(f"{self.folder}: {len(found)} texts of {self.n} passages: restore it, or make it again")
+        return found
+
+    @cached_property
+    def metadata(self) -> Metadata:
+        return Metadata(self.folder / METADATA)
+
+    @classmethod
+    def of(cls, folder, n: int) -> "Texts | None":
+        """Those of an artifact in `folder`; None where it keeps none."""
+        folder = Path(folder) / FOLDER
+        return cls(folder, n) if folder.is_dir() else None
+
+    def __getitem__(self, row: int) -> str:
+        try:
+            return bytes(self.bytes[row]).decode()
+        except UnicodeDecodeError:
+            raise InputError(f"{self.folder}: text {row} is not UTF-8: restore it, or make the folder again") from None
+
+
+def texts_of(texts: Texts | None, rows: np.ndarray) -> list[str | None]:
+    """The texts of some rows (n,); None where none are kept."""
+    return [None] * len(rows) if texts is None else [texts[row] for row in rows.tolist()]
+
+
+def metadata_of(texts: Texts | None, rows: np.ndarray) -> list[dict | None]:
+    """The metadata of some rows (n,); None where there are none."""
+    return [None] * len(rows) if texts is None else texts.metadata.objects(rows)
+
+
+def link_texts(source, target, n: int) -> bool:
+    """Hard-link the texts of an artifact's n passages into another folder; returns whether there are any."""
+    texts = Texts.of(source, n)
+    if texts is None:
+        return False
+    assert len(texts.bytes) == n
+    (Path(target) / FOLDER).mkdir()
+    for path in texts.folder.iterdir():
+        link(path, Path(target) / FOLDER / path.name)
+    return True
