@@ -24,7 +24,7 @@ from nanocolbert import cli
 from nanocolbert.cli import InputError, count, positive, run_stage, say, word
 
 HOSTS = ("127.0.0.1", "localhost", "[::1]")
-WAITING_CHANGES = 8
+WAITING_FILTERED, WAITING_EXPLANATIONS, WAITING_CHANGES = 32, 64, 8  # that may wait
 CONNECTIONS = 512
 GRACE = 5.0  # seconds that what is running may take to end
 POLL = 0.1  # seconds between two looks at whether a signal has come
@@ -73,7 +73,7 @@ if __name__ == "__main__":  # before the imports that take seconds: --help, or a
 try:
     import uvicorn
 
-    from nanocolbert.server.app import Settings, make_app
+    from nanocolbert.server.app import Settings, Workers, make_app
     from nanocolbert.server.worker import Worker
 except ModuleNotFoundError as error:
     cli.fail(f"{error.name} is not installed: pip install -r requirements-serve.txt")
@@ -151,14 +151,15 @@ def main(args):
         max_k=args.max_k,
         max_body=args.max_body,
     )
-    reads, writes = Worker(searcher, args.max_waiting), Worker(most=WAITING_CHANGES)
+    filtered, explanations = Worker(searcher, WAITING_FILTERED), Worker(most=WAITING_EXPLANATIONS)
+    workers = Workers(Worker(searcher, args.max_waiting), filtered, explanations, Worker(most=WAITING_CHANGES))
     address = f"http://{bracketed(args.host)}:{listener.getsockname()[1]}"
     started = time.time()
     ready = f"{address}  {len(searcher):,} passages"
-    run(make_app(searcher, reads, writes, settings), listener, cli.stop_softly(), ready)
-    for worker in (reads, writes):
-        worker.close(GRACE)
-    return {"searches": reads.n_done, "batches": reads.n_batches, "seconds": round(time.time() - started, 2)}
+    run(make_app(searcher, workers, settings), listener, cli.stop_softly(), ready)
+    workers.close(GRACE)
+    done = {name: getattr(workers.searches, name) + getattr(filtered, name) for name in ("searches", "batches")}
+    return done | {"seconds": round(time.time() - started, 2)}
 
 
 if __name__ == "__main__":

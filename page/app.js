@@ -3,6 +3,8 @@
 "use strict";
 
 const WAIT = 150; // ms after a key before a search
+const PATIENCE = 120; // ms that hits wait for what matched; then they are shown, and coloured later
+const HIGHLIGHTED = 100; // passages that the server explains at a time
 const EXCERPT = 420; // characters of a hit's text
 const $ = (id) => document.getElementById(id);
 const fields = ["q", "where", "quality", "k"]; // of the form, and of the address
@@ -51,20 +53,38 @@ async function search() {
   if (!q.trim()) return show([], "");
   const mine = (asking = new AbortController());
   const k = Math.min(Math.max(parseInt($("k").value, 10) || 10, 1), Number($("k").max));
-  const body = { q, k, quality: $("quality").value, explain: true };
+  const body = { q, k, quality: $("quality").value };
   if ($("where").value.trim()) body.where = $("where").value;
   const started = performance.now();
   $("hits").classList.add("stale");
   try {
-    const answer = await ask("search", body, mine.signal);
+    const { hits, ms } = await ask("search", body, mine.signal);
+    const matched = highlight(q, hits, ms, mine.signal);
+    await Promise.race([matched, new Promise((resolve) => setTimeout(resolve, PATIENCE))]);
+    const status = () => {
+      const took = Object.entries(ms).map(([step, ms]) => `${step} ${ms.toFixed(1)}`);
+      const total = (performance.now() - started).toFixed(0);
+      return `${hits.length} ${hits.length === 1 ? "hit" : "hits"} in ${total} ms (${took.join(" · ")})`;
+    };
     if (mine !== asking) return;
-    const took = Object.entries(answer.ms).map(([step, ms]) => `${step} ${ms.toFixed(1)}`);
-    const total = (performance.now() - started).toFixed(0);
-    const n = answer.hits.length;
-    show(answer.hits, `${n} ${n === 1 ? "hit" : "hits"} in ${total} ms (${took.join(" · ")})`);
+    show(hits, status());
+    await matched;
+    if (mine !== asking) return;
+    hits.forEach((hit, at) => colour($("hits").children[at].querySelector(".text"), hit));
+    $("status").textContent = status();
   } catch (error) {
     if (error.name !== "AbortError" && mine === asking) fail(error.message);
   }
+}
+
+// Add to each hit its pieces, and how long they took. Hits without them are shown all the same.
+async function highlight(query, hits, ms, signal) {
+  if (!hits.length || hits[0].text === null) return;
+  try {
+    const answer = await ask("highlight", { query, pids: hits.slice(0, HIGHLIGHTED).map((hit) => hit.pid) }, signal);
+    for (const hit of hits) hit.pieces = answer.pieces[hit.pid];
+    ms.explain = answer.ms.explain;
+  } catch {}
 }
 
 function later() {
@@ -102,8 +122,7 @@ function card(hit, at) {
     make("span", "score", hit.score.toFixed(2))
   );
   const text = make("p", "text");
-  if (hit.text === null) text.append(make("span", "unread", "(this index keeps no texts)"));
-  else text.append(...excerpt(hit.pieces ?? [{ text: hit.text }]).map((piece) => shown(piece, false)));
+  colour(text, hit);
   item.append(button, text);
   const data = Object.entries(hit.metadata ?? {});
   if (data.length) {
@@ -117,6 +136,11 @@ function card(hit, at) {
   }
   item.addEventListener("click", () => String(getSelection()) || open(at));
   return item;
+}
+
+function colour(text, hit) {
+  if (hit.text === null) put(text, make("span", "unread", "(this index keeps no texts)"));
+  else put(text, ...excerpt(hit.pieces ?? [{ text: hit.text }]).map((piece) => shown(piece, false)));
 }
 
 // The pieces of the stretch of EXCERPT characters with most in it that matched, without special tokens.
@@ -188,7 +212,7 @@ async function open(at) {
   const parts = [`${sum(words)} from ${words.length} tokens`];
   if (fill.length) parts.push(`${sum(fill)} from ${fill.length} [MASK]`);
   $("why-title").textContent = `Why passage ${hit.pid}?`;
-  $("why-sum").textContent = `score ${explained.score.toFixed(2)} = ${parts.join(" + ")} · ${explained.ms.total.toFixed(0)} ms`;
+  $("why-sum").textContent = `score ${explained.score.toFixed(2)} = ${parts.join(" + ")} · ${explained.ms.explain.toFixed(0)} ms`;
   put($("why-text"), ...explained.pieces.map((piece) => shown(piece, true)));
   $("all").checked = false;
   drawMap();

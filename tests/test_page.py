@@ -235,4 +235,4 @@ def test_light_and_dark(visit):
 def test_the_interface_is_shown(visit):
     page = visit("/docs")
     page.wait_for_selector(".opblock")
-    assert page.locator(".opblock").count() == 7
+    assert page.locator(".opblock").count() == 8

@@ -11,7 +11,7 @@ from conftest import ROOT
 import serve
 from nanocolbert.cli import InputError
 from nanocolbert.explain import Explanation, Token
-from nanocolbert.server.app import Settings, make_app
+from nanocolbert.server.app import Settings, Workers, make_app
 from nanocolbert.server.worker import Worker
 
 TOKEN = "correct-horse"
@@ -26,7 +26,7 @@ class Hit(NamedTuple):
 
 
 class ToySearcher:
-    """Passages score by how many words of the query they have; a query's "embedding" is its place among those asked."""
+    """Passages score by how many words of the query they have; a query's "embedding" is itself."""
 
     fields = ("year",)
 
@@ -51,14 +51,14 @@ class ToySearcher:
         assert self.go_on.wait(30)
         if "explode" in texts:
             raise RuntimeError("exploded\nin two lines")
-        return np.arange(len(texts))
+        return np.array(texts, object)
 
     def search(self, queries: np.ndarray, k: int, quality: str, among=None, where=None, by_document=False):
         settings = {"k": k, "quality": quality, "among": among, "where": where, "by_document": by_document}
         self.searched.append((len(queries), settings))
         if where:
             raise InputError(f"where: no such field\nin {where!r}")
-        return [self._search(self.encoded[-1][at].split(), k, among) for at in queries]
+        return [self._search(query.split(), k, among) for query in queries]
 
     def _search(self, words: list[str], k: int, among) -> list[Hit]:
         scores = {pid: sum(word in text.split() for word in words) for pid, text in self.passages.items()}
@@ -109,9 +109,9 @@ def spell(text: str):
 def serving(searcher, most_waiting: int = 256, **settings):
     """A client of a server of the searcher, on a port that was free."""
     listener, ends = serve.listen("127.0.0.1", 0), []
-    reads, writes = Worker(searcher, most_waiting), Worker(most=8)
+    workers = Workers(Worker(searcher, most_waiting), Worker(searcher), Worker(), Worker(most=8))
     settings = {"page": ROOT / "page", "token": TOKEN, "max_body": 10_000} | settings
-    app = make_app(searcher, reads, writes, Settings(**settings))
+    app = make_app(searcher, workers, Settings(**settings))
     thread = threading.Thread(target=serve.run, args=(app, listener, ends), daemon=True)
     thread.start()
     try:
@@ -121,5 +121,4 @@ def serving(searcher, most_waiting: int = 256, **settings):
     finally:
         ends.append(15)
         thread.join(20)
-        for worker in (reads, writes):
-            worker.close(5)
+        workers.close(5)

@@ -20,6 +20,7 @@ from nanocolbert.server.guard import FAILED, Guard
 from nanocolbert.server.worker import Job, Overload, Worker
 
 QUERY, WHERE, AMONG = 2_000, 1_000, 10_000  # characters, characters, ids
+HIGHLIGHTED = 100  # passages at a time
 TEXTS, TEXT, PID = 1_000, 100_000, 500  # texts of a change, characters of each, and of an id
 CHANGES = ("/add", "/upsert", "/delete")
 DOCS = """<!doctype html>
@@ -57,6 +58,11 @@ class Explain(Sent):
     pid: Pid
 
 
+class Highlight(Sent):
+    query: str = Field(max_length=QUERY)
+    pids: list[Pid] = Field(max_length=HIGHLIGHTED)
+
+
 class Delete(Sent):
     ids: list[Pid] = Field(min_length=1, max_length=AMONG)
 
@@ -78,7 +84,6 @@ class Found(BaseModel):
 class Answer(BaseModel):
     hits: list[Found]
     ms: dict[str, float] = Field(description="milliseconds: wait, encode, search, explain")
-    batch: int = Field(description="searches that were run together with this one")
     version: int = Field(description="of the index")
 
 
@@ -123,13 +128,27 @@ def search_model(max_k: int) -> type[BaseModel]:
 # --------------------------------------------------------------------------------------------------------------- app
 
 
-def make_app(searcher, reads: Worker, writes: Worker, settings: Settings) -> Guard:
-    """The ASGI app of an open Searcher: `reads` searches, `writes` changes the index meanwhile."""
+@dataclass
+class Workers:
+    """The threads of a server: what one takes long for does not keep the others."""
+
+    searches: Worker
+    filtered: Worker  # searches with `where`, which may take seconds
+    explanations: Worker  # where no vectors are kept, passages are embedded once more
+    changes: Worker
+
+    def close(self, seconds: float) -> None:
+        for worker in vars(self).values():
+            worker.close(seconds)
+
+
+def make_app(searcher, workers: Workers, settings: Settings) -> Guard:
+    """The ASGI app of an open Searcher."""
     app = FastAPI(title="nanoColBERT", version="1", docs_url=None, redoc_url=None)
     app.openapi_version = "3.0.3"  # what the bundled page can show
     add_errors(app)
-    add_searches(app, searcher, reads, settings)
-    add_changes(app, searcher, writes)
+    add_searches(app, searcher, workers, settings)
+    add_changes(app, searcher, workers.changes)
     add_files(app, settings.page)
     return Guard(app, settings.hosts, settings.max_body, CHANGES, settings.token)
 
@@ -166,24 +185,39 @@ def add_errors(app: FastAPI) -> None:
         return answer(error.status_code, told.get(error.status_code, error.detail), error.headers)
 
 
+def rounded(ms: dict[str, float]) -> dict[str, float]:
+    return {step: round(value, 2) for step, value in ms.items()}
+
+
 async def result_of(worker: Worker, job: Job):
     return await asyncio.wrap_future(worker.submit(job))
 
 
-def add_searches(app: FastAPI, searcher, reads: Worker, settings: Settings) -> None:
+def add_searches(app: FastAPI, searcher, workers: Workers, settings: Settings) -> None:
     Search, started = search_model(settings.max_k), time.monotonic()
+
+    async def explained(query: str, pids: list[str], ms: dict) -> list:
+        job = Job(call=lambda: searcher.explain(query, pids))
+        found = await result_of(workers.explanations, job)
+        ms["explain"] = 1000 * (time.perf_counter() - job.since)
+        return found
 
     async def search(asked: Search) -> JSONResponse:
         """The k best passages for a query, the best first."""
+        if asked.explain and asked.k > HIGHLIGHTED:
+            raise InputError(f"k: {asked.k} passages: {HIGHLIGHTED} at most are explained at a time")
         keep = ("k", "quality", "among", "where", "by_document")
         values = asked.model_dump()
-        chosen = {name: values[name] for name in keep if values[name] not in (None, False)}
-        done = await result_of(reads, Job(asked.q, chosen, asked.explain))
-        hits = [hit._asdict() for hit in done["hits"]]
-        for hit, found in zip(hits, done["explained"] or (), strict=False):
-            hit["pieces"] = [piece.to_dict() for piece in found.pieces()]
-        ms = {step: round(ms, 2) for step, ms in done["ms"].items()}
-        return JSONResponse({"hits": hits, "ms": ms, "batch": done["batch"], "version": searcher.version})
+        job = Job(asked.q, {name: values[name] for name in keep if values[name] not in (None, False)})
+        hits = await result_of(workers.filtered if asked.where else workers.searches, job)
+        hits = [hit._asdict() for hit in hits]
+        if asked.explain and hits:
+            try:
+                for hit, found in zip(hits, await explained(asked.q, [h["pid"] for h in hits], job.ms), strict=True):
+                    hit["pieces"] = [piece.to_dict() for piece in found.pieces()]
+            except InputError:  # one has been deleted since it was found, or the index keeps no texts
+                pass
+        return JSONResponse({"hits": hits, "ms": rounded(job.ms), "version": searcher.version})
 
     @app.get("/search", response_model=Answer, tags=["search"])
     async def search_by_address(asked: Annotated[Search, Query()]):
@@ -196,11 +230,17 @@ def add_searches(app: FastAPI, searcher, reads: Worker, settings: Settings) -> N
     @app.post("/explain", response_model=dict, tags=["search"])
     async def explain(asked: Explain):
         """Why a passage scores as it does: tokens of both, each query token's match, all similarities."""
-        since = time.perf_counter()
-        found = await result_of(reads, Job(call=lambda: searcher.explain(asked.query, [asked.pid])[0].to_dict()))
-        return JSONResponse(
-            {"pid": asked.pid, **found, "ms": {"total": round(1000 * (time.perf_counter() - since), 2)}}
-        )
+        ms = {}
+        (found,) = await explained(asked.query, [asked.pid], ms)
+        return JSONResponse({"pid": asked.pid, **found.to_dict(), "ms": rounded(ms)})
+
+    @app.post("/highlight", response_model=dict, tags=["search"])
+    async def highlight(asked: Highlight):
+        """The texts of some passages in pieces, each with what of the query matched it."""
+        ms = {}
+        found = await explained(asked.query, asked.pids, ms) if asked.pids else []
+        pieces = [[piece.to_dict() for piece in one.pieces()] for one in found]
+        return JSONResponse({"pieces": dict(zip(asked.pids, pieces, strict=True)), "ms": rounded(ms)})
 
     @app.get("/health", response_model=Health, tags=["server"])
     async def health():
@@ -212,16 +252,14 @@ def add_searches(app: FastAPI, searcher, reads: Worker, settings: Settings) -> N
                 "model": settings.model,
                 "fields": searcher.fields,
                 "uptime": round(time.monotonic() - started, 1),
-                "searches": reads.n_done,
-                "batches": reads.n_batches,
-                "waiting": reads.waiting,
+                **{name: getattr(workers.searches, name) for name in ("searches", "batches", "waiting")},
                 "writable": settings.token is not None,
                 "max_k": settings.max_k,
             }
         )
 
 
-def add_changes(app: FastAPI, searcher, writes: Worker) -> None:
+def add_changes(app: FastAPI, searcher, worker: Worker) -> None:
     """Changes; that they are permitted has been seen to by the guard."""
     changes = {
         "dependencies": [Depends(HTTPBearer(auto_error=False))],
@@ -230,7 +268,8 @@ def add_changes(app: FastAPI, searcher, writes: Worker) -> None:
     }  # for /docs
 
     async def change(call: Callable, *arguments) -> JSONResponse:
-        changed = await result_of(writes, Job(call=lambda: call(*arguments)))
+        done = result_of(worker, Job(call=lambda: call(*arguments)))
+        changed = await asyncio.shield(done)  # it is made even if who asked for it has gone
         return JSONResponse({"changed": changed, "passages": len(searcher), "version": searcher.version})
 
     def check(asked: Add) -> None:

@@ -54,7 +54,8 @@ class Guard:
 
         try:
             self.check(scope)
-            await self.app(scope, replay(await self.read_body(scope, receive), receive), send_guarded)
+            body = await self.read_body(scope, receive)
+            await unless_gone(self.app, scope, body, receive, send_guarded)
         except Refused as refused:
             await answer(send_guarded, refused.status, str(refused), refused.headers)
         except asyncio.CancelledError:  # by uvicorn, which ends
@@ -117,18 +118,25 @@ def host_of(header: str) -> str:
     return host[: host.find("]") + 1] if host.startswith("[") else host.split(":")[0]
 
 
-def replay(body: bytes, receive):
-    """A `receive` that gives the body, then what the client does."""
-    is_given = False
+async def unless_gone(app, scope, body: bytes, receive, send) -> None:
+    """Run the app on a whole body; end it when the client has gone, as one does who types on."""
+    gone, is_given = asyncio.ensure_future(receive()), False
 
     async def receive_again() -> dict:
         nonlocal is_given
         if is_given:
-            return await receive()
+            return await asyncio.shield(gone)
         is_given = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return receive_again
+    running = asyncio.ensure_future(app(scope, receive_again, send))
+    try:
+        await asyncio.wait({running, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            running.result()  # or its error
+    finally:
+        running.cancel()
+        gone.cancel()
 
 
 def headers_for(path: str) -> list[tuple[bytes, bytes]]:

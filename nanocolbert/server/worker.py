@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from nanocolbert.cli import InputError, say
+from nanocolbert.cli import say
 
 TOGETHER = 32  # searches at a time
 IDLE = 1.0  # seconds without work after which the index is looked at: has it changed?
@@ -27,7 +27,6 @@ class Job:
 
     text: str = ""
     settings: dict = field(default_factory=dict)  # of Searcher.search
-    explain: bool = False  # add what each hit's passage matched
     call: Callable | None = None
     future: Future = field(default_factory=Future)
     since: float = field(default_factory=time.perf_counter)
@@ -45,7 +44,7 @@ class Worker:
     def __init__(self, searcher=None, most: int = 256):
         """searcher: a Searcher, for searches. most: jobs that may wait."""
         self.searcher, self.most, self.complaint = searcher, most, ""
-        self.n_done = self.n_batches = 0  # searches and their batches
+        self.searches = self.batches = 0  # that were done
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
@@ -104,7 +103,7 @@ class Worker:
 
     def _search(self, jobs: list[Job]) -> None:
         """Encode all queries at once, then search for each group of equal settings."""
-        self.n_done, self.n_batches = self.n_done + len(jobs), self.n_batches + 1
+        self.searches, self.batches = self.searches + len(jobs), self.batches + 1
         started = time.perf_counter()
         try:
             queries = self.searcher.encode([job.text for job in jobs])  # (B, Lq, D)
@@ -121,26 +120,13 @@ class Worker:
             group = [jobs[at] for at in ats]
             settle(group, lambda ats=ats, group=group: self._search_group(group, queries[ats]))
 
-    def _search_group(self, jobs: list[Job], queries) -> list[dict]:
-        """What each of the jobs gets: hits, what explains them if that is wanted, milliseconds."""
+    def _search_group(self, jobs: list[Job], queries) -> list[list]:
+        """The hits of each of the jobs, whose settings are the same."""
         started = time.perf_counter()
         found = self.searcher.search(queries, **jobs[0].settings)
-        ms, results = 1000 * (time.perf_counter() - started), []
-        for job, hits in zip(jobs, found, strict=True):
-            job.ms["search"] = ms
-            explained = self._explain(job, [hit.pid for hit in hits]) if job.explain else None
-            results.append({"hits": hits, "explained": explained, "batch": len(queries), "ms": job.ms})
-        return results
-
-    def _explain(self, job: Job, pids: list[str]) -> list | None:
-        """What explains the hits; None where one of them has been deleted since it was found."""
-        started = time.perf_counter()
-        try:
-            return self.searcher.explain(job.text, pids)
-        except InputError:
-            return None
-        finally:
-            job.ms["explain"] = 1000 * (time.perf_counter() - started)
+        for job in jobs:
+            job.ms["search"] = 1000 * (time.perf_counter() - started)
+        return found
 
 
 def settle(jobs: list[Job], call: Callable) -> None:

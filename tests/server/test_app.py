@@ -14,7 +14,6 @@ import httpx
 from toy_searcher import CHANGES, ToySearcher, serving
 
 from nanocolbert.server import guard
-from nanocolbert.server.guard import host_of
 
 PASSAGES = {"1": "red apple", "2": "blue <b>boat</b>", "3": 'red "boat"', "4": "drum"}
 
@@ -42,7 +41,7 @@ def test_search_by_body_and_by_address(client):
     found = client.post("/search", json={"q": "red", "k": 2}).json()
     assert [(hit["pid"], hit["score"]) for hit in found["hits"]] == [("1", 1.0), ("3", 1.0)]
     assert found["hits"][1] == {"pid": "3", "score": 1.0, "text": 'red "boat"', "metadata": {"year": 2020}}
-    assert set(found["ms"]) == {"wait", "encode", "search"} and found["batch"] == 1 and found["version"] == 1
+    assert set(found["ms"]) == {"wait", "encode", "search"} and found["version"] == 1
     by_address = client.get("/search", params={"q": "red", "k": 2, "among": ["3", "4"]}).json()
     assert [hit["pid"] for hit in by_address["hits"]] == ["3", "4"]
 
@@ -59,6 +58,22 @@ def test_search_with_what_matched(client):
     matched = [["[CLS]", 1], ["boat", 0]]  # the best that there is
     assert found["pieces"][0] == {"text": "[CLS]", "similarity": 1, "matched": matched, "special": True}
     assert found["pieces"][1:] == [{"text": "red", "similarity": 1, "matched": [["red", 1]]}, {"text": " apple"}]
+
+
+def test_a_hit_that_is_deleted_before_it_is_explained(client, searcher, monkeypatch):
+    monkeypatch.setattr(searcher, "explain", lambda *_: searcher._explain("red", "gone"))
+    found = client.get("/search", params={"q": "red", "k": 1, "explain": True}).json()["hits"]
+    assert len(found) == 1 and "pieces" not in found[0]
+    assert "no passage gone" in error_of(client.post("/highlight", json={"query": "red", "pids": ["gone"]}), 422)
+    many = {"q": "red", "k": 101, "explain": True}
+    assert "100 at most" in error_of(client.post("/search", json=many), 422)
+
+
+def test_highlight(client):
+    found = client.post("/highlight", json={"query": "red", "pids": ["1", "4"]}).json()
+    assert found["pieces"]["1"][1:] == [{"text": "red", "similarity": 1, "matched": [["red", 1]]}, {"text": " apple"}]
+    assert list(found["pieces"]) == ["1", "4"] and list(found["ms"]) == ["explain"]
+    assert client.post("/highlight", json={"query": "red", "pids": []}).json() == {"pieces": {}, "ms": {}}
 
 
 def test_explain(client):
@@ -158,11 +173,6 @@ def test_pages_elsewhere_cannot_ask(client):
         assert anyone.get("/health", headers={"Host": "search.example"}).status_code == 200
 
 
-def test_hosts_without_their_ports():
-    hosts = {"a.example:80": "a.example", "[::1]:80": "[::1]", "[::1]": "[::1]", "": "", "A": "a", "[": ""}
-    assert {header: host_of(header) for header in hosts} == hosts
-
-
 def chunks(n: int, size: int = 1000):
     for _ in range(n):
         yield b"x" * size
@@ -246,6 +256,6 @@ def test_the_page_and_its_headers(client):
         assert client.get(path).status_code == 200, path
     for page in (client.get("/").text, client.get("/docs").text, client.get("/app.js").text):
         assert "http:" not in page and "https:" not in page  # nothing is fetched from elsewhere
-    assert {"/search", "/explain", "/add", "/upsert", "/delete", "/health"} == {
+    assert {"/search", "/explain", "/highlight", "/add", "/upsert", "/delete", "/health"} == {
         *client.get("/openapi.json").json()["paths"]
     }

@@ -40,14 +40,13 @@ def busy(worker, searcher) -> Job:
 
 
 def pids(job: Job) -> list[str]:
-    return [hit.pid for hit in job.future.result(10)["hits"]]
+    return [hit.pid for hit in job.future.result(10)]
 
 
 def test_one_search_waits_for_nobody(worker):
     job = Job("red boat", SETTINGS)
-    done = worker.submit(job).result(10)
-    assert pids(job) == ["3", "1"] and done["explained"] is None and done["batch"] == 1
-    assert set(done["ms"]) == {"wait", "encode", "search"}
+    worker.submit(job)
+    assert pids(job) == ["3", "1"] and set(job.ms) == {"wait", "encode", "search"}
 
 
 def test_those_that_wait_are_encoded_together_and_searched_for_by_settings(worker, searcher):
@@ -59,7 +58,7 @@ def test_those_that_wait_are_encoded_together_and_searched_for_by_settings(worke
     searcher.go_on.set()
     assert [pids(job) for job in (first, *jobs)] == [["1", "3"], ["3", "1"], ["1"], ["2", "1"], ["2"], ["2"]]
     assert searcher.encoded == [["red"], ["red boat", "apple", "blue", "boat", "red"]]
-    assert [n for n, _ in searcher.searched] == [1, 2, 1, 2] and worker.n_batches == 2 and worker.n_done == 6
+    assert [n for n, _ in searcher.searched] == [1, 2, 1, 2] and worker.batches == 2 and worker.searches == 6
 
 
 def test_a_batch_has_32_and_too_many_are_refused(worker, searcher):
@@ -102,23 +101,11 @@ def test_who_has_gone_is_not_searched_for(worker, searcher):
     assert pids(there) == ["1", "3"] and searcher.encoded[1] == ["red"]
 
 
-def test_hits_deleted_before_they_are_explained(worker, searcher, monkeypatch):
-    asked = Job("red boat", SETTINGS, explain=True)
-    found = worker.submit(asked).result(10)
-    assert [repr(e) for e in found["explained"]] == [
-        "score 3.00 = 3.00 from 3 tokens",
-        "score 2.00 = 2.00 from 3 tokens",
-    ]
-    monkeypatch.setattr(searcher, "explain", lambda *_: searcher._explain("red", "gone"))
-    found = worker.submit(Job("red boat", SETTINGS, explain=True)).result(10)
-    assert len(found["hits"]) == 2 and found["explained"] is None and "explain" in found["ms"]
-
-
 def test_an_index_that_cannot_be_opened_again_is_told_once(worker, searcher, capsys, monkeypatch):
     monkeypatch.setattr(worker_module, "IDLE", 0.01)
     searcher.complaint = InputError("half of it is gone")
     for _ in range(3):
-        assert len(worker.submit(Job("red", SETTINGS)).result(10)["hits"]) == 2
+        assert len(worker.submit(Job("red", SETTINGS)).result(10)) == 2
     assert capsys.readouterr().err.count("cannot be opened: half of it is gone") == 1
 
 

@@ -2,7 +2,6 @@
 
 import gzip
 import random
-import tracemalloc
 
 import pytest
 
