@@ -166,7 +166,8 @@ def test_checksums(embedding_dir, index_dir, tmp_path):
 
 def test_meta_says_what_a_token_takes(codes_dir):
     meta = json.loads((codes_dir / "meta.json").read_text())
-    size = sum(path.stat().st_size for path in codes_dir.rglob("*.npy") if path.name != "pids.npy")
+    files = (path for path in codes_dir.rglob("*.npy") if path.name != "pids.npy" and path.parent.name != "texts")
+    size = sum(path.stat().st_size for path in files)
     assert meta["method"] == "codes" and meta["bytes_per_embedding"] == round(size / meta["embeddings"], 2)
 
 

@@ -29,6 +29,8 @@ FILES = [
     "qids.npy",
     "queries/offsets.npy",
     "queries/values.npy",
+    "texts/offsets.npy",
+    "texts/values.npy",
     "triples.npy",
 ]
 

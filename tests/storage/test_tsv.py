@@ -7,7 +7,7 @@ import pytest
 
 from nanocolbert.cli import InputError
 from nanocolbert.storage import tsv
-from nanocolbert.storage.tsv import Collection, count_lines, read_id_text, read_queries, read_rows
+from nanocolbert.storage.tsv import count_lines, read_id_text, read_queries, read_rows
 
 
 def write(path, content: bytes):
@@ -56,7 +56,6 @@ def test_errors_name_the_line(tmp_path, content, message):
 def test_a_byte_order_mark_is_no_part_of_an_id(tmp_path, name):
     path = write(tmp_path / name, b"\xef\xbb\xbfq1\tone\nid\ttwo\n")
     assert read_queries(path) == {"q1": "one", "id": "two"}  # a header is a first line
-    assert [Collection(path)[row] for row in (0, 1)] == [("q1", "one"), ("id", "two")]
 
 
 def test_missing_and_broken_files(tmp_path):
