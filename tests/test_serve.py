@@ -1,4 +1,4 @@
-"""serve.py over a real index: its answers are what Searcher finds, also while the index changes; its start and its end."""
+"""serve.py over a real index: its answers are what Searcher finds, while the index changes too; its start, its end."""
 
 import json
 import os
@@ -20,6 +20,7 @@ pytest.importorskip("fastapi", reason="serve.py's packages are optional: pip ins
 import httpx
 from toy_searcher import CHANGES, TOKEN, serving
 
+import serve
 from search import Searcher
 
 TEXTS = ["red apple", "find the boat", "old drum and a cloud", "the new house", "eagle", ""]
@@ -227,9 +228,14 @@ def test_without_its_packages_it_says_which(tmp_path):
     assert done.stderr == "serve.py: error: uvicorn is not installed: pip install -r requirements-serve.txt\n"
 
 
-def test_an_address_of_version_6():
-    import serve
+def test_small_answers_are_sent_at_once():
+    with serve.listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
+
+def test_an_address_of_version_6():
     assert serve.bracketed("::1") == "[::1]" and serve.bracketed("127.0.0.1") == "127.0.0.1"
     try:
         listener = serve.listen("::1", 0)

@@ -148,6 +148,7 @@ def make_app(searcher, workers: Workers, settings: Settings) -> Guard:
     app.openapi_version = "3.0.3"  # what the bundled page can show
     add_errors(app)
     add_searches(app, searcher, workers, settings)
+    add_health(app, searcher, workers.searches, settings)
     add_changes(app, searcher, workers.changes)
     add_files(app, settings.page)
     return Guard(app, settings.hosts, settings.max_body, CHANGES, settings.token)
@@ -194,7 +195,7 @@ async def result_of(worker: Worker, job: Job):
 
 
 def add_searches(app: FastAPI, searcher, workers: Workers, settings: Settings) -> None:
-    Search, started = search_model(settings.max_k), time.monotonic()
+    Search = search_model(settings.max_k)
 
     async def explained(query: str, pids: list[str], ms: dict) -> list:
         job = Job(call=lambda: searcher.explain(query, pids))
@@ -242,6 +243,10 @@ def add_searches(app: FastAPI, searcher, workers: Workers, settings: Settings) -
         pieces = [[piece.to_dict() for piece in one.pieces()] for one in found]
         return JSONResponse({"pieces": dict(zip(asked.pids, pieces, strict=True)), "ms": rounded(ms)})
 
+
+def add_health(app: FastAPI, searcher, searches: Worker, settings: Settings) -> None:
+    started = time.monotonic()
+
     @app.get("/health", response_model=Health, tags=["server"])
     async def health():
         return JSONResponse(
@@ -252,7 +257,7 @@ def add_searches(app: FastAPI, searcher, workers: Workers, settings: Settings) -
                 "model": settings.model,
                 "fields": searcher.fields,
                 "uptime": round(time.monotonic() - started, 1),
-                **{name: getattr(workers.searches, name) for name in ("searches", "batches", "waiting")},
+                **{name: getattr(searches, name) for name in ("searches", "batches", "waiting")},
                 "writable": settings.token is not None,
                 "max_k": settings.max_k,
             }
