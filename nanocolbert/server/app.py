@@ -15,7 +15,7 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from nanocolbert.cli import InputError
+from nanocolbert.cli import InputError, os_message, say
 from nanocolbert.server.guard import FAILED, Guard
 from nanocolbert.server.worker import Job, Overload, Worker
 
@@ -146,7 +146,7 @@ def make_app(searcher, workers: Workers, settings: Settings) -> Guard:
     """The ASGI app of an open Searcher."""
     app = FastAPI(title="nanoColBERT", version="1", docs_url=None, redoc_url=None)
     app.openapi_version = "3.0.3"  # what the bundled page can show
-    add_errors(app)
+    add_errors(app, getattr(searcher, "index_dir", ""))
     add_searches(app, searcher, workers, settings)
     add_health(app, searcher, workers.searches, settings)
     add_changes(app, searcher, workers.changes)
@@ -154,7 +154,7 @@ def make_app(searcher, workers: Workers, settings: Settings) -> Guard:
     return Guard(app, settings.hosts, settings.max_body, CHANGES, settings.token)
 
 
-def add_errors(app: FastAPI) -> None:
+def add_errors(app: FastAPI, folder) -> None:
     """Every error is {"error": one line}."""
 
     def answer(status: int, line: str, headers=None) -> JSONResponse:
@@ -170,7 +170,12 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(InputError)
     async def mistaken(_, error: InputError):
-        return answer(422, str(error))
+        return answer(422, str(error).removeprefix(f"{folder}: "))  # which is nobody's business
+
+    @app.exception_handler(OSError)
+    async def refused_by_the_system(_, error: OSError):
+        say(os_message(error))
+        return answer(500, f"the system refuses: {error.strerror or type(error).__name__}")
 
     @app.exception_handler(Overload)
     async def overloaded(*_):
@@ -190,6 +195,10 @@ def rounded(ms: dict[str, float]) -> dict[str, float]:
     return {step: round(value, 2) for step, value in ms.items()}
 
 
+def pieces_of(explanation) -> list[dict]:
+    return [piece.to_dict() for piece in explanation.pieces()]
+
+
 async def result_of(worker: Worker, job: Job):
     return await asyncio.wrap_future(worker.submit(job))
 
@@ -197,8 +206,8 @@ async def result_of(worker: Worker, job: Job):
 def add_searches(app: FastAPI, searcher, workers: Workers, settings: Settings) -> None:
     Search = search_model(settings.max_k)
 
-    async def explained(query: str, pids: list[str], ms: dict) -> list:
-        job = Job(call=lambda: searcher.explain(query, pids))
+    async def explained(query: str, pids: list[str], tell: Callable, ms: dict) -> list:
+        job = Job(call=lambda: list(map(tell, searcher.explain(query, pids))))
         found = await result_of(workers.explanations, job)
         ms["explain"] = 1000 * (time.perf_counter() - job.since)
         return found
@@ -214,8 +223,8 @@ def add_searches(app: FastAPI, searcher, workers: Workers, settings: Settings) -
         hits = [hit._asdict() for hit in hits]
         if asked.explain and hits:
             try:
-                for hit, found in zip(hits, await explained(asked.q, [h["pid"] for h in hits], job.ms), strict=True):
-                    hit["pieces"] = [piece.to_dict() for piece in found.pieces()]
+                found = await explained(asked.q, [hit["pid"] for hit in hits], pieces_of, job.ms)
+                hits = [hit | {"pieces": pieces} for hit, pieces in zip(hits, found, strict=True)]
             except InputError:  # one has been deleted since it was found, or the index keeps no texts
                 pass
         return JSONResponse({"hits": hits, "ms": rounded(job.ms), "version": searcher.version})
@@ -232,15 +241,14 @@ def add_searches(app: FastAPI, searcher, workers: Workers, settings: Settings) -
     async def explain(asked: Explain):
         """Why a passage scores as it does: tokens of both, each query token's match, all similarities."""
         ms = {}
-        (found,) = await explained(asked.query, [asked.pid], ms)
-        return JSONResponse({"pid": asked.pid, **found.to_dict(), "ms": rounded(ms)})
+        (found,) = await explained(asked.query, [asked.pid], lambda found: found.to_dict(), ms)
+        return JSONResponse({"pid": asked.pid, **found, "ms": rounded(ms)})
 
     @app.post("/highlight", response_model=dict, tags=["search"])
     async def highlight(asked: Highlight):
         """The texts of some passages in pieces, each with what of the query matched it."""
         ms = {}
-        found = await explained(asked.query, asked.pids, ms) if asked.pids else []
-        pieces = [[piece.to_dict() for piece in one.pieces()] for one in found]
+        pieces = await explained(asked.query, asked.pids, pieces_of, ms) if asked.pids else []
         return JSONResponse({"pieces": dict(zip(asked.pids, pieces, strict=True)), "ms": rounded(ms)})
 
 

@@ -215,6 +215,16 @@ def test_an_unexpected_error_is_one_line_and_the_server_goes_on(client, capfd):
     assert client.get("/search", params={"q": "red"}).status_code == 200
 
 
+def test_a_full_disk_is_told(client, searcher, monkeypatch, capfd):
+    def full(*_):
+        raise OSError(28, "No space left on device", "/home/me/index/segments/3")
+
+    monkeypatch.setattr(searcher, "add", full)
+    told = error_of(client.post("/add", json={"ids": ["9"], "texts": ["red"]}, headers=CHANGES), 500)
+    assert told == "the system refuses: No space left on device"
+    assert "/home/me/index/segments/3: No space left on device: free some space" in capfd.readouterr().err
+
+
 def test_under_load_what_waits_is_taken_together_and_too_much_is_put_off():
     searcher = ToySearcher(PASSAGES)
     with serving(searcher, most_waiting=2) as client, ThreadPoolExecutor(4) as threads:
