@@ -10,6 +10,7 @@ and so does one without a relevant passage. Queries that the qrels do not know a
 three.
 A person, on a terminal, is given a table; a program, whose pipe or file stdout is, the same as one line of JSON
 (--json and --no-json choose).
+Where documents were cut to passages (tsv2mmap.py --passage_words) and are judged as a whole: --by_document.
 TREC Deep Learning judges on a scale of 0 to 3 and takes 2 and 3 as relevant: --rel 2. nDCG uses the grades either way.
 
 Cost: a run of 6,980 queries × 1,000 passages takes 20 s of one core and 2 GB.
@@ -27,7 +28,7 @@ if __name__ == "__main__":  # before the imports that take a second
 import numpy as np
 
 from nanocolbert.storage.artifact import check_output_file, write_json
-from nanocolbert.storage.runs import MEASURES, means, measure_queries, parse_measures, read_qrels, read_run
+from nanocolbert.storage.runs import MEASURES, by_document, means, measure_queries, parse_measures, read_qrels, read_run
 
 N_RANDOMISATIONS = 10_000
 
@@ -67,9 +68,9 @@ def print_notes(path, counts: dict, measures: dict, relevant_from: int) -> None:
         )
 
 
-def measure_file(path, qrels, measures: dict, relevant_from: int) -> tuple[dict, dict]:
+def measure_file(path, qrels, measures: dict, relevant_from: int, of_documents: bool = False) -> tuple[dict, dict]:
     """(counts of queries, {measure: {qid: value}}) of a run file; the run itself, which can be large, is let go."""
-    run = read_run(path)
+    run = by_document(read_run(path)) if of_documents else read_run(path)
     counts = check_queries(qrels, run, path, relevant_from)
     print_notes(path, counts, measures, relevant_from)
     return counts, measure_queries(qrels, run, measures, relevant_from)
@@ -134,7 +135,7 @@ def print_table(title: str, means_of_run: dict, comparison: dict | None) -> None
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--qrels", required=True, help="judgments: qid, 0, pid, relevance; .gz allowed")
+    parser.add_argument("--qrels", required=True, help="judgments: qid, 0, pid, relevance (or BEIR's); .gz allowed")
     parser.add_argument("--run", required=True, help="run file, TREC or MS MARCO format; .gz allowed")
     parser.add_argument(
         "--output", default=None, help="write the measures to this JSON file (default: only print them)"
@@ -147,6 +148,12 @@ def parse_args() -> argparse.Namespace:
     # what is measured
     parser.add_argument("--measures", nargs="+", default=list(MEASURES), metavar="M", help="names of ir_measures")
     parser.add_argument("--rel", type=positive, default=1, help="lowest relevance that counts as relevant (default: 1)")
+    parser.add_argument(
+        "--by_document",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="rank documents, each by its best passage: doc#2 counts as doc",
+    )
     # another run
     parser.add_argument("--compare", default=None, metavar="OTHER_RUN", help="run to compare with, by a paired test")
     parser.add_argument(
@@ -160,11 +167,18 @@ def main(args) -> dict | None:
         check_output_file(args.output, args.qrels, args.run, args.compare)
     measures = parse_measures(args.measures, args.rel)
     qrels = read_qrels(args.qrels)
-    counts, values = measure_file(args.run, qrels, measures, args.rel)
-    result = {"qrels": args.qrels, "run": args.run, "rel": args.rel, **counts, **means(values)}
+    counts, values = measure_file(args.run, qrels, measures, args.rel, args.by_document)
+    result = {
+        "qrels": args.qrels,
+        "run": args.run,
+        "rel": args.rel,
+        "by_document": args.by_document,
+        **counts,
+        **means(values),
+    }
     comparison = None
     if args.compare is not None:
-        other_counts, other_values = measure_file(args.compare, qrels, measures, args.rel)
+        other_counts, other_values = measure_file(args.compare, qrels, measures, args.rel, args.by_document)
         comparison = {"run": args.compare, **other_counts, **compare(values, other_values, args.show)}
         result["compare"] = comparison
     if args.output is not None:

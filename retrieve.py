@@ -79,8 +79,8 @@ from accelerate import PartialState
 from nanocolbert.checkpoints.layouts import model_of
 from nanocolbert.storage import runs, shares
 from nanocolbert.storage.artifact import check_file, check_output_file, peak_memory_mb, read_meta, verify
-from nanocolbert.storage.tsv import read_queries
-from search import Searcher, document_of
+from nanocolbert.storage.documents import document_of, read_queries
+from search import Searcher
 
 KNOBS = tuple(dict.fromkeys((*Effort._fields, *Depths._fields)))
 EFFORT = ("exact", "by_codes", "quality", "where", "by_document", *KNOBS, "batch_size")  # flags of the search

@@ -12,7 +12,6 @@ The way of a query: the model encodes it, the index finds rows and scores for it
 in nanocolbert/index/ say how), and rows become ids, texts and metadata. retrieve.py does so for a file of queries.
 """
 
-import re
 import threading
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -37,6 +36,7 @@ from nanocolbert.index.ivfpq import IVFPQ
 from nanocolbert.index.ranking import Ranking
 from nanocolbert.progress import progress
 from nanocolbert.storage.artifact import check_output_dir, read_meta
+from nanocolbert.storage.documents import document_of
 from nanocolbert.text import check_texts
 
 BATCH_SIZE = 32  # queries at a time
@@ -62,6 +62,8 @@ class Index:
         passages: Iterable[str],
         ids: Iterable | None = None,
         metadata: Iterable[dict | None] | None = None,
+        passage_words: int | None = None,
+        overlap: int = 0,
         bits: int = 2,
         keep_vectors: bool = False,
         nlist: int | None = None,
@@ -70,15 +72,18 @@ class Index:
         """Build a compressed index in a folder, and open it.
 
         model: a folder, a name on the hub, or a ColBERT, which is saved in the index. passages: texts, taken as they
-        come; ids: by default 0, 1, 2, ...; metadata: an object a passage or None, for filters. The rest: see
-        build_index.py. An index that is there is replaced once the new one is whole.
+        come; ids: by default 0, 1, 2, ...; metadata: an object each or None, for filters. passage_words: texts are
+        documents, to be cut to passages doc#1, doc#2, ... of so many words. The rest: see build_index.py.
+        An index that is there is replaced once the new one is whole.
         Raises InputError for what cannot be indexed; nothing is left then.
         """
         check_output_dir(folder, "index", *([] if isinstance(model, ColBERT) else [model]))
         name = None if isinstance(model, ColBERT) else str(model)
         model = model if name is None else ColBERT.from_pretrained(name)
+        documents = {"words": passage_words, "overlap": overlap} if passage_words else None
+        passages = indexing.passages_of(passages, ids, metadata, documents)
         settings = {"bits": bits, "keep_vectors": keep_vectors, "nlist": nlist, "seed": seed}
-        indexing.build(folder, model, name, indexing.passages_of(passages, ids, metadata), None, **settings)
+        indexing.build(folder, model, name, passages, documents, **settings)
         searcher = Searcher(folder)
         searcher.model = model
         return searcher
@@ -284,6 +289,7 @@ class Searcher:
     def add(self, ids: Iterable, texts: Iterable[str], metadata: Iterable[dict | None] | None = None) -> int:
         """Add passages, with an object of metadata or None each; returns how many.
 
+        Where the index is of documents that were cut to passages, so are these.
         Raises InputError where one cannot be added, as when its id is there already; the index is then as it was.
         """
         return self._add(ids, texts, metadata, replace=False)
@@ -294,17 +300,22 @@ class Searcher:
 
     def _add(self, ids: Iterable, texts: Iterable[str], metadata: Iterable | None, replace: bool) -> int:
         self._check_changes()
-        passages = list(indexing.passages_of(texts, ids, metadata))
+        cut = self.meta.get("documents")
+        passages = list(indexing.passages_of(texts, ids, metadata, cut))
         with self._lock:
             model = self.model
-        n = indexing.add(self.index_dir, model, lambda: passages, replace=replace)
+        n = indexing.add(self.index_dir, model, lambda: passages, replace=replace, of_documents=bool(cut))
         self.reload()
         return n
 
     def delete(self, ids: Iterable) -> int:
-        """Delete passages; returns how many. Raises InputError if one is not there; the index is then as it was."""
+        """Delete passages, or all of documents that were cut to passages; returns how many passages.
+
+        Raises InputError if one is not there; the index is then as it was.
+        """
         self._check_changes()
-        n = changes.delete(self.index_dir, [ids] if isinstance(ids, str) else [str(pid) for pid in ids])
+        pids = [ids] if isinstance(ids, str) else [str(pid) for pid in ids]
+        n = changes.delete(self.index_dir, pids, of_documents="documents" in self.meta)
         self.reload()
         return n
 
@@ -346,7 +357,3 @@ def open_index(folder: Path, meta: dict, device: torch.device, on_gpu: bool) -> 
     if meta.get("method") != "codes":
         return IVFPQ(folder, meta, device, on_gpu)
     return GpuIndex(folder, device) if on_gpu else CompressedIndex(folder)
-
-
-def document_of(pid: str) -> str:
-    return re.sub(r"#\d+$", "", pid)

@@ -3,8 +3,9 @@
     python tsv2mmap.py --collection data/msmarco/collection.tsv --queries data/msmarco/queries.train.tsv \
         --triples data/msmarco/triples.train.small.tsv --tokenizer bert-base-uncased --output_dir tokens
 
-reads   collection.tsv (pid, passage), queries.tsv (qid, query), triples.tsv (three texts, or ids: query, positive
-        and one or more negatives); each may be .gz
+reads   a collection (pid, passage) and queries (qid, query): .tsv, .csv or .jsonl, each also .gz, or .parquet; fields
+        by their usual names, or the collection's named by flags; a title is put before the text. triples.tsv, maybe
+        .gz (three texts, or ids: query, positive and one or more negatives)
 writes  tokens/passages, tokens/queries (ragged word pieces without special tokens, uint16 or uint32),
         tokens/pids.npy, tokens/qids.npy, tokens/triples.npy (int32 rows, in file order), tokens/texts (the passages'
         texts, which embeddings and indexes link)
@@ -18,7 +19,6 @@ collection but for 8 bytes an id, and 12 bytes a distinct text where triples are
 import argparse
 import collections
 import contextlib
-import hashlib
 import itertools
 import multiprocessing
 import os
@@ -33,7 +33,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from nanocolbert.cli import InputError, catch_signals, cores, held, maxlen, positive, run_stage
+from nanocolbert.cli import InputError, catch_signals, cores, count, held, maxlen, positive, run_stage
 
 if __name__ == "__main__":  # before the imports that take a second
     catch_signals()
@@ -42,10 +42,12 @@ import numpy as np
 
 from nanocolbert.progress import progress
 from nanocolbert.storage.artifact import check_file, check_output_dir, fingerprint, publish, write_meta
+from nanocolbert.storage.documents import USUAL, Fields, read_documents, read_passages
 from nanocolbert.storage.ragged import Ids, IdWriter, NpyWriter, RaggedWriter
+from nanocolbert.storage.text_rows import TextRows, hash_texts
 from nanocolbert.storage.texts import FOLDER as TEXTS
 from nanocolbert.storage.texts import TextWriter
-from nanocolbert.storage.tsv import batched, open_bytes, read_id_text, read_lines, read_rows
+from nanocolbert.storage.tsv import batched, open_bytes, read_lines, read_rows
 from nanocolbert.text import own_backend, prepare_texts, tokenize, tokenizer_fingerprint
 
 CHUNK = 2000  # texts handed to a worker at a time
@@ -122,42 +124,6 @@ def tokenize_chunk(texts: list[str], kind: str) -> tuple[np.ndarray, np.ndarray]
     return values.astype(tokenize_chunk.dtype), lengths
 
 
-class TextRows:
-    """Row of each distinct text, by 64-bit hash: a sorted array, and a small dict of what came since it was sorted."""
-
-    def __init__(self):
-        self.hashes, self.sorted_rows, self.recent = np.zeros(0, np.uint64), np.zeros(0, np.int32), {}
-
-    def find(self, hashes: np.ndarray) -> np.ndarray:
-        """Row of each hash (n,) int64, -1 where it is new."""
-        if len(self.recent) > max(1 << 16, len(self.hashes) // 4):
-            self._merge()
-        rows = np.full(len(hashes), -1, np.int64)
-        if len(self.hashes):
-            at = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
-            rows = np.where(self.hashes[at] == hashes, self.sorted_rows[at], rows)
-        new = np.flatnonzero(rows < 0)
-        rows[new] = [self.recent.get(h, -1) for h in hashes[new].tolist()]
-        return rows
-
-    def add(self, hashes: np.ndarray, first_row: int) -> None:
-        """Give rows first_row, first_row + 1, ... to the hashes; a text that came before keeps its first row."""
-        for row, h in enumerate(hashes.tolist(), first_row):
-            self.recent.setdefault(h, row)
-
-    def _merge(self) -> None:
-        hashes = np.concatenate([self.hashes, np.fromiter(self.recent.keys(), np.uint64, len(self.recent))])
-        rows = np.concatenate([self.sorted_rows, np.fromiter(self.recent.values(), np.int32, len(self.recent))])
-        order = np.argsort(hashes, kind="stable")
-        self.hashes, self.sorted_rows, self.recent = hashes[order], rows[order], {}
-
-
-def hash_texts(texts: list[str]) -> np.ndarray:
-    """64-bit hash of each text (n,)."""
-    digests = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
-    return np.frombuffer(digests, np.uint64)
-
-
 def below_a_bar(path, read: Callable, limit: int | None = None) -> Iterator:
     """The rows that read(tell) yields, at most `limit`, below a bar that shows how much of the file has been read.
 
@@ -172,17 +138,20 @@ def below_a_bar(path, read: Callable, limit: int | None = None) -> Iterator:
         yield from read(lambda n: bar.update(n - bar.n))
 
 
-def convert_texts(path, what: str, writer: TokenWriter, ids: IdWriter, text_rows: TextRows | None, kept=None) -> None:
-    """Write a file of (id, text) as word pieces and ids, and the texts. Raises InputError, also on a repeated id."""
-    for chunk in batched(below_a_bar(path, lambda tell: read_id_text(path, what, tell)), CHUNK):
-        texts = [text for _, _, text in chunk]
+def convert_texts(path, what: str, how: tuple, writer: TokenWriter, ids: IdWriter, text_rows, kept) -> None:
+    """Write a file, read as `how` says, as word pieces and ids, and what is kept of it, unless that is None.
+
+    text_rows: TextRows to be filled, or None. Raises InputError, also on a repeated id.
+    """
+    for chunk in batched(below_a_bar(path, lambda tell: read_passages(path, what, *how, tell)), CHUNK):
+        texts = [document.text for document in chunk]
         if text_rows is not None:
             hashes = hash_texts(texts)
             text_rows.find(hashes)  # keeps the recent ones few
             text_rows.add(hashes, writer.n_texts)
-        ids.append([identifier for _, identifier, _ in chunk])
+        ids.append([document.id for document in chunk])
         if kept is not None:
-            kept.append(texts)
+            kept.append(texts, [document.metadata for document in chunk])
         writer.append(texts)
     ids.close()
     if kept is not None:
@@ -191,9 +160,13 @@ def convert_texts(path, what: str, writer: TokenWriter, ids: IdWriter, text_rows
         raise InputError(f"{path}: empty, expected {what}")
     repeated = Ids(ids.path).duplicate()
     if repeated:
-        identifier, first, second = repeated
+        identifier, *rows = repeated
+        lines = [row + 1 for row in rows]
+        if os.path.isfile(path):  # it can be read again: rows are not lines below a header, or where texts have several
+            upto = enumerate(itertools.islice(read_passages(path, what, *how), rows[1] + 1))
+            lines = [document.number for row, document in upto if row in rows]
         raise InputError(
-            f"{path}:{second + 1}: id {identifier!r} a second time (first on line {first + 1}): ids must be unique"
+            f"{path}:{lines[1]}: id {identifier!r} a second time (first on line {lines[0]}): ids must be unique"
         )
 
 
@@ -214,9 +187,9 @@ def guess_format(path, queries, collection, limit: int | None) -> str:
         )
     first = {fields[0] for fields in lines}
     known = {"id": 0, "text": 0}
-    for _, qid, query in read_id_text(queries, "queries: qid, query"):
-        known["id"] += qid in first
-        known["text"] += query in first
+    for query in read_documents(queries, "queries: qid, query"):
+        known["id"] += query.id in first
+        known["text"] += query.text in first
     if not lines or (known["id"] > 0) != (known["text"] > 0):
         return "text" if known["text"] else "id"
     raise InputError(
@@ -285,7 +258,17 @@ def check_inputs(args) -> None:
         check_file(path, "input of tsv2mmap.py")
     if not inputs or (args.triples is None and args.collection is None):
         raise InputError("nothing to do: give --collection, or --triples, or both")
+    fields, words, overlap = how_to_read(args)
+    if args.collection is None and (words or fields != USUAL):
+        raise InputError("--passage_words, --id_field, --title_field and --text_field are of a --collection: give it")
+    if overlap >= (words or 1):
+        raise InputError(f"--overlap {overlap}: give --passage_words above it")
     check_output_dir(args.output_dir, "tokens", *inputs, args.tokenizer)
+
+
+def how_to_read(args) -> tuple[Fields, int | None, int]:
+    """What the collection's fields are called, and the words and the overlap of the passages that it is cut to."""
+    return Fields(args.id_field, args.title_field, args.text_field), args.passage_words, args.overlap
 
 
 def format_of_triples(args) -> str | None:
@@ -304,14 +287,14 @@ def convert(args, folder: Path, triples_format: str | None, writers: dict[str, T
     """Write all that was given, through the writers, which are closed; returns how many there are of each."""
     counts = {}
     tables = {kind: TextRows() if triples_format == "text" else None for kind in writers}
-    for kind, name, path, what in (
-        ("query", "qids", args.queries, "queries: qid, query"),
-        ("passage", "pids", args.collection, "collection: pid, passage"),
+    for kind, name, path, what, how in (
+        ("query", "qids", args.queries, "queries: qid, query", (USUAL, None, 0)),
+        ("passage", "pids", args.collection, "collection: pid, passage", how_to_read(args)),
     ):
         ids = IdWriter(folder / f"{name}.npy")
         if path:
             kept = TextWriter(folder / TEXTS) if kind == "passage" and args.keep_texts else None
-            convert_texts(path, what, writers[kind], ids, tables[kind], kept)
+            convert_texts(path, what, how, writers[kind], ids, tables[kind], kept)
         else:
             ids.close()
         counts[name] = writers[kind].n_texts
@@ -332,9 +315,9 @@ def main(args):
     check_inputs(args)
     from nanocolbert.checkpoints.layouts import read_tokenizer  # here: the workers, which import this, need no torch
 
-    tokenizer, texts = read_tokenizer(args.tokenizer)  # a ColBERT checkpoint may put prompts before its texts
+    tokenizer, texts, longest = read_tokenizer(args.tokenizer)  # a ColBERT checkpoint may put prompts before its texts
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
-    maxlen = {"query": args.query_maxlen, "passage": args.doc_maxlen}
+    maxlen = {"query": args.query_maxlen or longest["query"], "passage": args.doc_maxlen or longest["passage"]}
     triples_format = format_of_triples(args)
     with (
         publish(args.output_dir) as folder,
@@ -349,12 +332,13 @@ def main(args):
         facts = {
             "tokenizer": args.tokenizer,
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-            "query_maxlen": args.query_maxlen,
-            "doc_maxlen": args.doc_maxlen,
+            "query_maxlen": maxlen["query"],
+            "doc_maxlen": maxlen["passage"],
             "texts": texts,
             "dtype": dtype,
             "counts": counts,
             "passage_tokens": int(writers["passage"].writer.values.n_rows),
+            **({"documents": {"words": args.passage_words, "overlap": args.overlap}} if args.passage_words else {}),
             "bytes": sum(path.stat().st_size for path in arrays),
         }
         meta = write_meta(
@@ -365,8 +349,9 @@ def main(args):
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--collection", type=Path, help="pid, passage (.tsv or .tsv.gz)")
-    parser.add_argument("--queries", type=Path, help="qid, query of the training queries")
+    files = ".tsv, .csv, .jsonl, each also .gz, or .parquet"
+    parser.add_argument("--collection", type=Path, help=f"ids and texts, maybe titles and more: {files}")
+    parser.add_argument("--queries", type=Path, help=f"ids and texts of the training queries: {files}")
     parser.add_argument("--triples", type=Path, help="query, positive, negative: texts, or ids with 1+ negatives")
     parser.add_argument(
         "--triples_format",
@@ -374,12 +359,23 @@ def parse_args():
         default="auto",
         help="auto: ids if --collection and --queries are given and the first line has no spaces",
     )
+    # of the collection
+    parser.add_argument("--id_field", help="field of the ids (default: id, _id, docno or another usual name)")
+    parser.add_argument("--title_field", help="field of the titles, which are put before the texts (default: title)")
+    parser.add_argument("--text_field", help="field of the texts (default: text, contents or another usual name)")
+    parser.add_argument(
+        "--passage_words", type=positive, help="cut documents to passages of N words, at sentence ends: ids doc#1, ..."
+    )
+    parser.add_argument("--overlap", type=count, default=0, help="words that passages begin before the last one's end")
+    # of the triples
     parser.add_argument("--max_triples", type=positive, help="read only the first N triples (default: all)")
     parser.add_argument("--tokenizer", required=True, help="model whose tokenizer to use: folder, hub name, .dnn file")
     parser.add_argument(
-        "--query_maxlen", type=maxlen, default=32, help="tokens of a query with [CLS] [Q] [SEP] (default 32)"
+        "--query_maxlen",
+        type=maxlen,
+        help="tokens of a query with [CLS] [Q] [SEP] (default: as a ColBERT model reads, 32)",
     )
-    parser.add_argument("--doc_maxlen", type=maxlen, default=180, help="tokens of a passage, likewise (default 180)")
+    parser.add_argument("--doc_maxlen", type=maxlen, help="tokens of a passage, likewise (default: likewise, 180)")
     parser.add_argument(
         "--keep_texts",
         action=argparse.BooleanOptionalAction,

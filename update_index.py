@@ -1,6 +1,7 @@
 """Add passages to a compressed index, delete passages from it, or compact it; nothing is rebuilt.
 
-    python update_index.py --index_dir index --add more.tsv                   # pid, passage
+    python update_index.py --index_dir index --add more.tsv                   # pid, passage; or .csv, .jsonl, ...
+    python update_index.py --index_dir index --add more.tsv --replace         # also of passages that are there
     python update_index.py --index_dir index --delete pids.txt                # one id a line
     python update_index.py --index_dir index --compact                        # one segment, the deleted left out
 
@@ -22,12 +23,15 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index_dir", type=Path, required=True, help="what build_index.py wrote")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--add", type=Path, help="collection of new passages: pid, passage (.tsv or .tsv.gz)")
+    what.add_argument("--add", type=Path, help="collection of new passages, in any format of tsv2mmap.py")
     parser.add_argument(
         "--replace", action="store_true", help="with --add: passages whose ids are there take their place"
     )
     what.add_argument("--delete", type=Path, help="ids of passages, one a line")
     what.add_argument("--compact", action="store_true", help="make one segment of all, without what was deleted")
+    parser.add_argument("--id_field", help="for --add: field of the ids (default: a usual name)")
+    parser.add_argument("--title_field", help="for --add: field of the titles (default: title)")
+    parser.add_argument("--text_field", help="for --add: field of the texts (default: a usual name)")
     parser.add_argument(
         "--model", help="for --add: the model that the index was made from (default: as the index says)"
     )
@@ -49,13 +53,18 @@ from nanocolbert.index import changes
 from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.indexing import Passage
 from nanocolbert.storage.artifact import check_file, read_meta, verify
-from nanocolbert.storage.tsv import check_id, read_id_text, read_lines
+from nanocolbert.storage.documents import Fields, read_passages
+from nanocolbert.storage.tsv import check_id, read_lines
 
 
-def read_new(path) -> Iterator[Passage]:
-    """Yield the passages of a collection."""
-    for number, pid, text in read_id_text(path, "collection: pid, passage"):
-        yield Passage(f"{path}:{number}", pid, text)
+def read_new(args, cut: dict) -> Iterator[Passage]:
+    """Yield the passages of the collection to be added, documents cut as those of the index were."""
+    fields = Fields(args.id_field, args.title_field, args.text_field)
+    passage = None
+    for passage in read_passages(args.add, "collection: pid, passage", fields, **cut):
+        yield Passage(f"{args.add}:{passage.number}", passage.id, passage.text, passage.metadata)
+    if passage is None:
+        raise InputError(f"{args.add}: empty, expected a collection")
 
 
 def read_pids(path) -> tuple[list[str], list[str]]:
@@ -75,10 +84,11 @@ def main(args):
         raise InputError(f"{args.index_dir}: IVFPQ, which is not changed: build it anew, or with --method codes")
     if args.replace and not args.add:
         raise InputError("--replace says nothing without --add: leave it out")
+    cut = meta.get("documents", {})
     if args.compact:
         changed = changes.compact(args.index_dir)
     elif args.delete:
-        changed = changes.delete(args.index_dir, *read_pids(args.delete))
+        changed = changes.delete(args.index_dir, *read_pids(args.delete), of_documents=bool(cut))
     else:
         folder = args.model or model_of(args.index_dir, meta)
         check_made_by(folder, args.index_dir, meta)
@@ -88,7 +98,7 @@ def main(args):
         model = ColBERT.from_pretrained(folder, device="cpu" if args.cpu else default_device())
         model.check_tokenizer(args.index_dir, meta)
         is_file = args.add.is_file()  # a pipe can be read once only
-        changed = indexing.add(args.index_dir, model, lambda: read_new(args.add), is_file, args.replace)
+        changed = indexing.add(args.index_dir, model, lambda: read_new(args, cut), is_file, args.replace, bool(cut))
     index = CompressedIndex(args.index_dir)
     return {
         "index_dir": str(args.index_dir),

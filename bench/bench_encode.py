@@ -44,7 +44,7 @@ from parity import call_peer, peer_versions
 
 from model import ColBERT
 from nanocolbert.compute import fast_dtype
-from nanocolbert.storage.tsv import read_id_text
+from nanocolbert.storage.documents import read_documents
 from nanocolbert.text import FRAME, MARKERS, tokenize
 
 WAYS = ("reference", "ours_fp32", "ours")
@@ -77,7 +77,7 @@ def encoder_folder(args):
 
 def load_texts(path, n: int) -> list[str]:
     """n passages spread evenly over a collection."""
-    texts = [text for _, _, text in read_id_text(path, "collection: pid, passage")]
+    texts = [document.text for document in read_documents(path, "collection: pid, passage")]
     return [texts[i] for i in np.linspace(0, len(texts) - 1, min(n, len(texts))).astype(int)]
 
 

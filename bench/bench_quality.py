@@ -32,8 +32,8 @@ from model import ColBERT
 from nanocolbert.framing import frame
 from nanocolbert.storage import runs
 from nanocolbert.storage.artifact import read_meta
+from nanocolbert.storage.documents import read_queries
 from nanocolbert.storage.ragged import Ids, Ragged
-from nanocolbert.storage.tsv import read_queries
 from nanocolbert.training.losses import triples_loss
 from nanocolbert.training.triples import TOKENS_PER_BATCH, Triples, collate
 

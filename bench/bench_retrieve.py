@@ -25,7 +25,7 @@ from measure import DATA, REPO, add_results_flag, hardware, matmul_gflops, sprea
 
 from nanocolbert.index.clock import Clock
 from nanocolbert.index.knobs import Depths, depths_for
-from nanocolbert.storage.tsv import read_queries
+from nanocolbert.storage.documents import read_queries
 from search import Searcher
 
 BATCH = 32

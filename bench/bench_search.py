@@ -40,8 +40,8 @@ from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.index.knobs import Depths, effort_for
 from nanocolbert.storage.artifact import read_meta, write_json
 from nanocolbert.storage.checksums import sums_of
+from nanocolbert.storage.documents import read_queries
 from nanocolbert.storage.ragged import Ragged
-from nanocolbert.storage.tsv import read_queries
 from search import Searcher
 
 KS = (10, 100)

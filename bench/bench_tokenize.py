@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import reference
 from measure import DATA, MINILM, add_results_flag, hardware, run_command, spread, timed, write_result
 
-from nanocolbert.storage.tsv import read_queries
+from nanocolbert.storage.documents import read_queries
 
 
 def write_text_triples(path, folder: Path, n_triples: int) -> tuple[int, float]:

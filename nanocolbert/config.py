@@ -67,8 +67,12 @@ class ColBERTConfig(PreTrainedConfig):
 
     def frame(self, kind: str) -> tuple[list[int], int]:
         """The special tokens around the word pieces of a query or a passage: those before, and [SEP]."""
+        return [self.cls_token_id, *self.markers(kind)], self.sep_token_id
+
+    def markers(self, kind: str) -> list[int]:
+        """The token after [CLS], where there is one."""
         marker = self.query_marker_id if kind == "query" else self.passage_marker_id
-        return [self.cls_token_id, *([] if marker is None else [marker])], self.sep_token_id
+        return [] if marker is None else [marker]
 
     def pieces(self, kind: str) -> int:
         """How many word pieces of a query or a passage fit beside the special tokens."""
@@ -77,7 +81,7 @@ class ColBERTConfig(PreTrainedConfig):
 
     def framing(self, kind: str) -> int:
         """How many special tokens are put around a query or a passage."""
-        return len(self.frame(kind)[0]) + 1
+        return len(self.markers(kind)) + 2
 
     def texts(self) -> dict:
         """How a text is prepared before it is cut into word pieces: arguments of `prepare_texts`."""

@@ -16,6 +16,7 @@ from nanocolbert.index.building import CHANGING, build_codes, not_unit
 from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.index.knobs import LONGEST
 from nanocolbert.storage.artifact import fingerprint, publish, seen_from, write_meta
+from nanocolbert.storage.documents import Document, parts_of
 from nanocolbert.storage.ragged import IdWriter, RaggedWriter
 from nanocolbert.storage.texts import FOLDER as TEXTS
 from nanocolbert.storage.texts import TextWriter
@@ -34,9 +35,10 @@ class Passage(NamedTuple):
     metadata: dict | None = None
 
 
-def passages_of(texts: Iterable[str], ids: Iterable | None = None, metadata: Iterable | None = None):
+def passages_of(texts: Iterable[str], ids=None, metadata=None, cut: dict | None = None) -> Iterator[Passage]:
     """Yield passages of texts, their ids, by default 0, 1, 2, ..., and objects of metadata or None.
 
+    cut: texts are documents, to be cut to passages of so many "words" with that "overlap".
     Raises InputError where one has no text, or an id that cannot be used, and where there are more of one than another.
     """
     if isinstance(texts, str):
@@ -46,7 +48,9 @@ def passages_of(texts: Iterable[str], ids: Iterable | None = None, metadata: Ite
         for n, (text, *others) in enumerate(zip(*given, strict=True)):
             pid = str(n if ids is None else others.pop(0))
             check_id("ids", n, pid)
-            yield Passage(f"passage {n}", pid, checked(text, f"text {n}"), others[0] if others else None)
+            document = Document(n, pid, checked(text, f"text {n}"), others[0] if others else None)
+            for part in parts_of("ids", document, **cut) if cut else [document]:
+                yield Passage(f"passage {n}", part.id, part.text, part.metadata)
     except ValueError as error:
         if not str(error).startswith("zip()"):
             raise
@@ -89,8 +93,8 @@ def check_counts(model, places: list[str], pids: list[str], pieces) -> None:
         raise InputError(f"{places[at]}: passage {pids[at]} has {found}")
 
 
-def add(folder, model, read: Callable[[], Iterable[Passage]], look: bool = True, replace: bool = False) -> int:
-    """Embed passages and add them to an index; returns how many. replace: those of these ids that are there go.
+def add(folder, model, read: Callable, look: bool = True, replace: bool = False, of_documents: bool = False) -> int:
+    """Embed passages and add them to an index; returns how many. replace, of_documents: see changes.add.
 
     read(): yields the passages; called twice, to look first, if `look`. Raises InputError where an id comes twice or,
     unless they are replaced, is there already, and as `embed`; the index is then as it was.
@@ -110,15 +114,15 @@ def add(folder, model, read: Callable[[], Iterable[Passage]], look: bool = True,
                 places, pids, texts, _ = map(list, zip(*block, strict=True))
                 check_counts(model, places, pids, model.tokenize(texts, "passage"))
 
-    return changes.add(folder, embed(model, read()), check if look else (lambda index: None), replace)
+    return changes.add(folder, embed(model, read()), check if look else (lambda index: None), replace, of_documents)
 
 
 def build(folder, model, name: str | None, passages: Iterable[Passage], documents: dict | None, **settings) -> None:
     """Build a compressed index of passages into `folder`, which appears when it is whole.
 
-    name: where the model lies, or on the hub; None: it is saved within the index. documents: how passages were cut
-    (storage/documents.py). settings: bits, nlist, seed, keep_vectors of build_codes. Memory holds a block of passages,
-    their ids, and the sample that the codec is trained on. Raises InputError.
+    name: where the model lies, or on the hub; None: it is saved within the index. documents: how documents were cut,
+    if they were, for meta.json. settings: bits, nlist, seed, keep_vectors of build_codes. Memory holds a block of
+    passages, their ids, and the sample that the codec is trained on. Raises InputError.
     """
     started = time.time()
     if not model.config.normalize:

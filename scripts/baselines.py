@@ -23,8 +23,8 @@ from nanocolbert import cli
 from nanocolbert.cli import InputError, first_line, positive, run_stage
 from nanocolbert.progress import progress
 from nanocolbert.storage.artifact import check_output_file
+from nanocolbert.storage.documents import read_documents, read_queries
 from nanocolbert.storage.runs import write_run
-from nanocolbert.storage.tsv import read_id_text, read_queries
 
 CHUNK = 4096  # passages held as vectors at a time; (queries, CHUNK) scores fit in memory with them
 Rankings = Iterator[tuple[str, list[str], list[float]]]
@@ -33,7 +33,7 @@ Rankings = Iterator[tuple[str, list[str], list[float]]]
 def read_collection(path) -> tuple[list[str], list[str]]:
     """(pids, passages), in file order. Raises InputError on an empty file and on a duplicate pid."""
     pids, passages, seen = [], [], set()
-    for number, pid, passage in read_id_text(path, "collection: pid, passage"):
+    for number, pid, passage, *_ in read_documents(path, "collection: pid, passage"):
         if pid in seen:
             raise InputError(f"{path}:{number}: pid {pid!r} a second time: a pid names one passage")
         seen.add(pid)

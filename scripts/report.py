@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanocolbert.cli import InputError, run_stage, start
 from nanocolbert.storage.artifact import read_json
+from nanocolbert.storage.documents import document_of, read_documents, read_queries
 from nanocolbert.storage.runs import read_qrels, read_run
-from nanocolbert.storage.tsv import read_id_text, read_queries
 
-COLUMNS = ("MRR@10", "Recall@50", "Recall@200", "Recall@1000", "nDCG@10")
+COLUMNS = ("MRR@10", "Recall@50", "Recall@100", "Recall@200", "Recall@1000", "nDCG@10")  # those that a system has
 
 
 def read_metrics(pair: str) -> tuple[str, dict[str, float]]:
@@ -32,9 +32,10 @@ def read_metrics(pair: str) -> tuple[str, dict[str, float]]:
 
 
 def print_table(systems: list[tuple[str, dict[str, float]]]) -> None:
-    print(" " * 24, *(f"{column:>11}" for column in COLUMNS))
+    columns = [column for column in COLUMNS if any(column in metrics for _, metrics in systems)]
+    print(" " * 24, *(f"{column:>11}" for column in columns))
     for name, metrics in systems:
-        values = (f"{metrics[column]:11.4f}" if column in metrics else f"{'–':>11}" for column in COLUMNS)
+        values = (f"{metrics[column]:11.4f}" if column in metrics else f"{'–':>11}" for column in columns)
         print(f"{name:<24}", *values)
 
 
@@ -43,19 +44,28 @@ def print_search(args) -> None:
     queries, run = read_queries(args.queries), read_run(args.show_run)
     qrels = read_qrels(args.qrels) if args.qrels else {}
     ranked = [qid for qid in queries if run.get(qid)]
-    answered = (qid for qid in ranked if any(qrels.get(qid, {}).get(pid, 0) > 0 for pid in best(run[qid])))
+    answered = (qid for qid in ranked if any(grade(qrels.get(qid, {}), pid) > 0 for pid in best(run[qid])))
     qid = args.qid or next(answered, ranked[0] if ranked else None)
     if qid not in queries or not run.get(qid):
         raise InputError(f"{args.show_run}: no ranking for query {qid!r} of {args.queries}: give --qid of one it has")
     top = best(run[qid])
-    passages = {pid: text for _, pid, text in read_id_text(args.collection, "collection: pid, passage") if pid in top}
-    if missing := set(top) - set(passages):
+    wanted = {*top, *map(document_of, top)}  # a passage that a document was cut to shows the document
+    texts = {
+        read.id: read.text for read in read_documents(args.collection, "collection: pid, passage") if read.id in wanted
+    }
+    passages = {pid: texts.get(pid, texts.get(document_of(pid))) for pid in top}
+    if missing := {pid for pid in top if passages[pid] is None}:
         raise InputError(f"{args.collection}: has no passage {min(missing)}: give the collection that was searched")
     relevant = qrels.get(qid, {})
     print(f"\n{qid}: {queries[qid]}")
     for rank, pid in enumerate(top, 1):
         text = textwrap.shorten(f"{rank}. {pid}: {passages[pid]}", 400, placeholder=" …")
-        print(textwrap.fill(("*" if relevant.get(pid, 0) > 0 else " ") + text, 110, subsequent_indent="    "))
+        print(textwrap.fill(("*" if grade(relevant, pid) > 0 else " ") + text, 110, subsequent_indent="    "))
+
+
+def grade(judged: dict[str, int], pid: str) -> int:
+    """The relevance of a passage or, where that is not judged, of its document."""
+    return judged.get(pid, judged.get(document_of(pid), 0))
 
 
 def best(ranking: dict[str, float]) -> list[str]:

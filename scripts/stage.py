@@ -180,7 +180,7 @@ def stage(out: Path, file: Path, command: list[str], lock: int) -> int:
     if target not in [Path(word) for flag in flags if flag.startswith("--output") for word in flags[flag]]:
         fail(f"{file}: not the --output or --output_dir of {' '.join(command)}")
     made_from = {
-        flag: [[word, records.identity(Path(word)) if flag else None] for word in words]
+        flag: [[word, records.identity(Path(word)) if word != flags[""][0] else None] for word in words]
         for flag, words in flags.items()
         if not flag.startswith(FREE)
     }

@@ -240,6 +240,36 @@ def search_arguments(index_dir, model_dir, toy_dir) -> list:
     return ["--cpu", "--model", model_dir, "--index_dir", index_dir, "--queries", toy_dir / "queries.tsv", "--k", 15]
 
 
+# In place of a stage: knows its flags, and writes what it was given; as measures, what was asked for.
+STAND_IN = """
+import json, pathlib, sys
+words = sys.argv[1:]
+flags = {word: words[i + 1 : i + 2] for i, word in enumerate(words) if word.startswith("--")}
+unknown = [flag for flag in flags if f'"{flag}"' not in pathlib.Path(REAL).read_text()]
+if unknown:
+    sys.exit(f"{REAL}: error: no flag {unknown[0]}")
+output = pathlib.Path((flags.get("--output_dir") or flags["--output"])[0])
+if "--output_dir" in flags:
+    output.mkdir(parents=True)
+    output = output / "meta.json"
+measures = words[words.index("--measures") + 1 :] if "--measures" in flags else []
+output.write_text(json.dumps({"kind": "model", "fingerprint": words, **dict.fromkeys(measures, 0.5)}))
+"""
+
+
+@pytest.fixture
+def repository(tmp_path) -> Path:
+    """A place with this repository's drivers, stages that only write down their arguments, and no experiments/."""
+    folder = tmp_path / "repository"
+    (folder / "scripts").mkdir(parents=True)
+    for path in (ROOT / "configs", ROOT / "nanocolbert", *(ROOT / "scripts").iterdir()):
+        (folder / path.relative_to(ROOT)).symlink_to(path)
+    for path in (*ROOT.glob("*.py"), ROOT / "scripts/import.py", ROOT / "scripts/baselines.py"):
+        (folder / path.relative_to(ROOT)).unlink(missing_ok=True)
+        (folder / path.relative_to(ROOT)).write_text(STAND_IN.replace("REAL", repr(str(path))))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def codec():
     """A Codec of 4 bits for the passages of tests/index/made.py; not to be changed."""

@@ -1,6 +1,7 @@
 """Benchmarks: the fast way of training comes to what the plain one comes to; pictures are drawn of what there is."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -62,3 +63,21 @@ def test_pictures_of_what_was_measured(tmp_path):
             shutil.copyfile(path, tmp_path / name / path.name)
         done = succeed(run_stage_cli("bench/plot.py", "--results", tmp_path / name))
         assert (tmp_path / name / "speed.png").is_file() == (name == "all"), done.stdout
+
+
+def test_documents_and_their_disk(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    from bench_documents import STAGES, disk, write_jsonl
+
+    (tmp_path / "pids.tsv").write_text("7\tA boat\t0\ttrain\n8\tA drum\t1\tdev\n")
+    (tmp_path / "collection.tsv").write_text("7\tIt floats \u2013.\n8\tIt sounds.\n")
+    assert write_jsonl(tmp_path, tmp_path / "all.jsonl", None) == 2 and write_jsonl(tmp_path, tmp_path / "one", 1) == 1
+    first = json.loads((tmp_path / "all.jsonl").read_text().splitlines()[0])
+    assert first == {"id": "7", "title": "A boat", "text": "It floats \u2013."}
+
+    for name in STAGES:
+        (tmp_path / name).mkdir()
+    (tmp_path / "embeddings/values.npy").write_bytes(bytes(3_000_000))
+    os.link(tmp_path / "embeddings/values.npy", tmp_path / "index/values.npy")
+    (tmp_path / "index/codes.npy").write_bytes(bytes(500_000))
+    assert disk(tmp_path) == {"tokens": 0, "embeddings": 3, "index": 3.5, "in_all": 3.5}

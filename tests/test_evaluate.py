@@ -71,6 +71,20 @@ def test_rel_and_measures(files):
     assert result["judged_queries_without_relevant"] == 2 and "MRR@10" not in result
 
 
+def test_by_document(files):
+    """A document is where its best passage is, and counts once."""
+    (files / "qrels").write_text("query-id\tcorpus-id\tscore\n1\tb\t1\n2\ta\t1\n")
+    (files / "run").write_text("1\ta#3\t1\n1\ta#1\t2\n1\tb#2\t3\n1\tb#1\t4\n2\ta\t1\n")
+    (files / "other").write_text("1 Q0 b#1 1 2.0 t\n2 Q0 b#1 1 2.0 t\n2 Q0 a#1 2 1.0 t\n")
+    arguments = ("--qrels", files / "qrels", "--run", files / "run", "--measures", "RR@10", "P@2")
+    result = json.loads(evaluate(*arguments, "--by_document", "--compare", files / "other").stdout)
+    assert result["RR@10"] == pytest.approx((1 / 2 + 1) / 2) and result["P@2"] == 0.5
+    assert result["compare"]["measures"]["RR@10"]["other"] == pytest.approx((1 + 1 / 2) / 2)
+    assert (result["by_document"], result["passages_of_deepest_ranking"]) == (True, 2)
+    result = json.loads(evaluate(*arguments).stdout)
+    assert result["RR@10"] == 0.5 and result["by_document"] is False
+
+
 def test_compare(files):
     done = evaluate("--qrels", files / "qrels", "--run", files / "run", "--compare", files / "other", "--show", "2")
     result = json.loads(done.stdout.splitlines()[-1])

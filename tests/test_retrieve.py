@@ -17,8 +17,8 @@ from nanocolbert.cli import InputError
 from nanocolbert.index.knobs import Depths
 from nanocolbert.storage import runs
 from nanocolbert.storage.artifact import lock
+from nanocolbert.storage.documents import read_queries
 from nanocolbert.storage.ragged import Ids, Ragged
-from nanocolbert.storage.tsv import read_queries
 from search import Searcher
 
 FULL = ("--nprobe", 4, "--faiss_depth", 5000, "--rerank_depth", 40)  # more than there is: FAISS answers with -1

@@ -28,9 +28,9 @@ compare() {{
 ENVIRONMENT = os.environ | {"NANOCOLBERT_PYTHON": sys.executable}  # sets nothing up
 
 
-def run_driver(config, **options) -> subprocess.CompletedProcess:
-    command = ["bash", str(ROOT / "scripts/run_colbert.sh"), str(config)]
-    options = {"cwd": ROOT, "env": ENVIRONMENT, "stdin": subprocess.DEVNULL} | options
+def run_driver(*words, script="run_colbert.sh", repository=ROOT, env=ENVIRONMENT, **options):
+    command = ["bash", str(repository / "scripts" / script), *map(str, words)]
+    options = {"cwd": repository, "env": env, "stdin": subprocess.DEVNULL} | options
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
@@ -93,4 +93,4 @@ def test_driver_names_a_missing_configuration():
 def test_driver_says_what_it_is():
     done = run_driver("--help")
     assert done.returncode == 0 and done.stdout.startswith("From raw text to metrics: bash scripts/run_colbert.sh")
-    assert len(done.stdout.splitlines()) == 3
+    assert len(done.stdout.splitlines()) == 4

@@ -12,7 +12,7 @@ from test_retrieve import read_scores, unlist
 
 from nanocolbert.cli import InputError
 from nanocolbert.storage.artifact import verify
-from nanocolbert.storage.tsv import read_queries
+from nanocolbert.storage.documents import read_queries
 from search import Index, Searcher
 
 
@@ -291,3 +291,31 @@ def test_queries_may_be_embeddings(built_dir):
     searcher = Searcher(built_dir, device="cpu")
     queries = ["red apple", "boat"]
     assert searcher.search(searcher.encode(queries), k=3) == searcher.search(queries, k=3)
+
+
+def test_documents_are_cut_changed_and_deleted_as_a_whole(colbert, tmp_path):
+    texts = ["The red apple is old. A boat. " * 3, "A drum."]
+    searcher = Index.build(tmp_path / "index", colbert, texts, ["x", "y"], [{"n": 1}, None], passage_words=8, overlap=2)
+    pids = [hit.pid for hit in searcher.search("boat", k=100)]
+    assert len(searcher) == len(pids) > 3 and {pid.split("#")[0] for pid in pids} == {"x", "y"}
+    assert sorted(hit.pid.split("#")[0] for hit in searcher.search("drum", by_document=True)) == ["x", "y"]
+    assert {hit.metadata["n"] for hit in searcher.search("boat", where="n = 1")} == {1}
+    searcher.upsert(["x"], ["The old house. A boat."])
+    assert {hit.pid: hit.text for hit in searcher.search("boat")} == {"x#1": "The old house. A boat.", "y#1": "A drum."}
+    searcher.add(["z"], [texts[0]])
+    with pytest.raises(InputError, match="has a passage z#1 already"):
+        searcher.add(["z"], ["A boat."])
+    with pytest.raises(InputError, match="id 'a#2' ends as those"):
+        searcher.add(["a#2"], ["A boat."])
+    with pytest.raises(InputError, match="has no passage x#2"):
+        searcher.delete(["z", "x#2"])
+    n = len(searcher)
+    assert searcher.delete(["z", "x#1"]) == n - 1 and len(searcher) == 1
+
+
+def test_ids_with_numbers_are_no_documents_where_nothing_was_cut(colbert, tmp_path):
+    searcher = Index.build(tmp_path / "index", colbert, ["red", "old", "the"], ["c#1", "c#2", "d"])
+    searcher.upsert(["c#1"], ["a boat"])
+    assert len(searcher) == 3
+    with pytest.raises(InputError, match="has no passage c"):
+        searcher.delete(["c"])

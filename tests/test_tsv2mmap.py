@@ -1,5 +1,6 @@
 """tsv2mmap: every text once, every triple as the rows it names, and nothing half-written."""
 
+import csv
 import gzip
 import io
 import json
@@ -16,8 +17,8 @@ from tqdm import tqdm
 
 from nanocolbert import cli
 from nanocolbert.encoder.pretrained import load_tokenizer
+from nanocolbert.storage.documents import read_documents
 from nanocolbert.storage.ragged import Ids, Ragged
-from nanocolbert.storage.tsv import read_id_text
 from tsv2mmap import TextRows, TokenWriter, below_a_bar
 
 DOC_MAXLEN, QUERY_MAXLEN, FRAME = 180, 32, 3
@@ -181,6 +182,41 @@ def test_texts_without_spaces_are_no_ids(encoder_dir, tmp_path):
     }
 
 
+def test_other_formats_give_the_same(tokens_dir, toy_dir, encoder_dir, tmp_path):
+    """A header, CSV and JSON, other names: the same word pieces and ids."""
+    collection, queries = rows_of(toy_dir / "collection.tsv"), rows_of(toy_dir / "queries.tsv")
+    lines = [json.dumps({"key": pid, "body": text, "n": i}) for i, (pid, text) in enumerate(collection)]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    with open(tmp_path / "q.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("query", "qid"), *(row[::-1] for row in queries)])
+    files = {"collection": tmp_path / "c.jsonl", "queries": tmp_path / "q.csv", "triples": toy_dir / "triples.tsv"}
+    meta, *_ = convert(encoder_dir, tmp_path / "out", id_field="key", text_field="body", **files)
+    assert arrays(tmp_path / "out") == arrays(tokens_dir)
+    assert (meta["args"]["id_field"], meta["args"]["text_field"]) == ("key", "body") and "documents" not in meta
+
+
+def test_titles_and_long_documents(encoder_dir, tmp_path):
+    records = [
+        {"_id": "d1", "title": "a cloud", "text": "the boat. An eagle in a house. A drum."},
+        {"_id": "d2", "title": "", "text": ""},
+        {"_id": "3", "text": "find apple"},
+    ]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    meta, _, passages, _ = convert(encoder_dir, tmp_path / "whole", collection=tmp_path / "c.jsonl")
+    check_tokens(passages, [f"a cloud {records[0]['text']}", "", "find apple"], encoder_dir, DOC_MAXLEN)
+    assert Ids(tmp_path / "whole/pids.npy").text(np.arange(3)) == ["d1", "d2", "3"]
+    flags = {"passage_words": 5, "overlap": 2}
+    meta, _, passages, _ = convert(encoder_dir, tmp_path / "cut", collection=tmp_path / "c.jsonl", **flags)
+    texts = ["a cloud the boat.", "a cloud An eagle in a house.", "a cloud a house. A drum.", "", "find apple"]
+    check_tokens(passages, texts, encoder_dir, DOC_MAXLEN)
+    assert Ids(tmp_path / "cut/pids.npy").text(np.arange(5)) == ["d1#1", "d1#2", "d1#3", "d2#1", "3#1"]
+    assert meta["documents"] == {"words": 5, "overlap": 2} and meta["counts"]["pids"] == 5
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*records, records[0]]))
+    command = ("--collection", tmp_path / "c.jsonl", "--tokenizer", encoder_dir, "--output_dir", tmp_path / "out")
+    done = call_stage("tsv2mmap.py", *command, "--passage_words", 5)
+    check_mistake(done, tmp_path, {}, "c.jsonl:4: id 'd1#1' a second time (first on line 1)")
+
+
 def test_a_killed_worker_ends_it_at_once(encoder_dir, tmp_path):
     words = "the boat of a cloud near an old house " * 40
     (tmp_path / "c.tsv").write_text("".join(f"p{i}\t{words}\n" for i in range(60_000)))
@@ -237,7 +273,11 @@ MISTAKES = {
     "bytes": ({"collection": b"p1\ta\np2\tcaf\xe9\n"}, "{collection}:2: byte 0xe9 at column 7 is not UTF-8"),
     "unknown pid": ({"triples": b"q1\tp1\tp2\nq1\tp1\tp3\n"}, "{triples}:2: pid 'p3' in column 3 is not among"),
     "unknown qid": ({"triples": b"q1\tp1\tp2\nq1\tp1\tp2\nq2\tp1\tp2\n"}, "{triples}:3: qid 'q2' in column 1 is not"),
-    "a header": ({"collection": b"docid\ttext\np1\ta\n"}, "{collection}:1: a header line"),
+    "a header without texts": ({"collection": b"docid\tnote\np1\ta\n"}, "{collection}:1: no field has a usual name"),
+    "a pid twice below a header": (
+        {"collection": b"pid\ttext\np1\ta\np2\tb\np1\tc\n"},
+        "{collection}:4: id 'p1' a second time (first on line 2)",
+    ),
     "a header of triples": ({"triples": b"query\tpositive\tnegative\na b\tc\td\n"}, "{triples}:1: a header line"),
     "ids or texts": ({"queries": b"q1\tq1\n"}, "'q1' is both an id and a text of"),
     "neither": ({"triples": b"q9\tp1\tp2\n"}, "'q9' is neither an id nor a text of"),
@@ -287,6 +327,15 @@ def test_other_mistakes(encoder_dir, toy_dir, tmp_path):
             (*collection, "--triples", tmp_path / "t.tsv", "--triples_format", "id", "--tokenizer", encoder_dir),
             "triples of ids need --collection and --queries",
         ),
+        ((*collection, "--tokenizer", encoder_dir, "--overlap", 3), "--overlap 3: give --passage_words above it"),
+        (
+            (*collection, "--tokenizer", encoder_dir, "--passage_words", 3, "--overlap", 3),
+            "--overlap 3: give --passage_words above it",
+        ),
+        (
+            ("--triples", tmp_path / "t.tsv", "--tokenizer", encoder_dir, "--text_field", "body"),
+            "--text_field are of a --collection: give it",
+        ),
     ):
         check_mistake(call_stage("tsv2mmap.py", *flags, "--output_dir", tmp_path / "out"), tmp_path, {}, message)
 
@@ -301,7 +350,7 @@ def test_bars(tmp_path, monkeypatch):
         return bars[-1]
 
     monkeypatch.setattr("tsv2mmap.progress", progress)
-    read = lambda tell: read_id_text(tmp_path / "c.tsv", "collection: pid, passage", tell)  # noqa: E731
+    read = lambda tell: read_documents(tmp_path / "c.tsv", "collection: pid, passage", tell=tell)  # noqa: E731
     assert len(list(below_a_bar(tmp_path / "c.tsv", read))) == 2500
     assert len(list(below_a_bar(tmp_path / "c.tsv", read, 7))) == 7
     size = (tmp_path / "c.tsv").stat().st_size

@@ -89,3 +89,37 @@ def test_the_model_is_found_by_itself(codes_dir, tmp_path):
     done = call_stage("update_index.py", *flags)
     assert done.returncode == 2 and "its model, gone, is not there" in done.stderr and "--model" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_documents_with_metadata_are_added_and_deleted(encoder_dir, model_dir, tmp_path, monkeypatch):
+    """From tsv2mmap.py --passage_words to update_index.py: cut alike, found by fields, deleted as a whole."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"id": f"d{i}", "title": "red boat", "text": "An old drum. " * i, "year": 2000 + i} for i in range(1, 6)]
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
+    Path("b.jsonl").write_text(json.dumps({"key": "d5", **rows[4]}) + "\n" + json.dumps({"key": "d1", "text": "apple"}))
+    Path("pids.txt").write_text("d4\n")
+    flags = ("--collection", "a.jsonl", "--tokenizer", encoder_dir, "--passage_words", 6, "--output_dir", "tokens")
+    succeed(call_stage("tsv2mmap.py", *flags, "--workers", 1))
+    flags = ("--tokens_dir", "tokens", "--model", model_dir, "--output_dir", "embeddings", "--cpu")
+    succeed(call_stage("doc2embedding.py", *flags))
+    flags = ("--embedding_dir", "embeddings", "--output_dir", "index", "--nlist", 4, "--keep_vectors")
+    succeed(call_stage("build_index.py", *flags))
+    shutil.rmtree("embeddings")
+    shutil.rmtree("tokens")
+    more = ("--add", "b.jsonl", "--id_field", "key", "--replace", "--cpu")
+    succeed(call_stage("update_index.py", "--index_dir", "index", *more))
+    succeed(call_stage("update_index.py", "--index_dir", "index", "--delete", "pids.txt"))
+    succeed(call_stage("update_index.py", "--index_dir", "index", "--compact"))
+    searcher = Searcher("index", device="cpu")
+    found = {hit.pid: (hit.text, (hit.metadata or {}).get("year")) for hit in searcher.search("drum", k=100)}
+    two, one = "red boat An old drum. An old drum.", "red boat An old drum."
+    assert found == {
+        "d1#1": ("apple", None),
+        "d2#1": (two, 2002),
+        **{"d3#1": (two, 2003), "d3#2": (one, 2003)},
+        **{"d5#1": (two, 2005), "d5#2": (two, 2005), "d5#3": (one, 2005)},
+    }
+    Path("queries.tsv").write_text("q1\tdrum\n")
+    run = ("--index_dir", "index", "--queries", "queries.tsv", "--output", "run", "--by_document", "--k", 2, "--cpu")
+    succeed(call_stage("retrieve.py", *run, "--where", "year > 2002"))
+    assert {line.split()[2] for line in Path("run").read_text().splitlines()} == {"d3", "d5"}

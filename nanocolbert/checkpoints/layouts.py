@@ -26,6 +26,7 @@ from nanocolbert.config import ColBERTConfig
 from nanocolbert.encoder.pretrained import HUB_NAME, check_folder, load_tokenizer, locate, read_settings
 from nanocolbert.storage.artifact import fingerprint, write_json
 from nanocolbert.storage.checksums import check_sizes, check_sums
+from nanocolbert.text import FRAME
 
 READERS = {
     "nanocolbert": read_own,
@@ -76,14 +77,24 @@ def is_colbert(name_or_path) -> bool:
 
 
 def read_tokenizer(name_or_path) -> tuple:
-    """The tokenizer of a checkpoint or of a plain encoder, and how it wants its texts: ColBERTConfig.texts()."""
+    """The tokenizer of a checkpoint or of a plain encoder, how it wants its texts, and how long: in tokens, of which
+    FRAME are special ones.
+
+    Returns (tokenizer, ColBERTConfig.texts(), {"query": tokens, "passage": tokens}).
+    """
+    lengths = {"query": ColBERTConfig().query_maxlen, "passage": ColBERTConfig().doc_maxlen}
     if not is_colbert(name_or_path):
-        return load_tokenizer(name_or_path), ColBERTConfig().texts()  # nothing is put before them
+        return load_tokenizer(name_or_path), ColBERTConfig().texts(), lengths  # nothing is put before them
     path, layout = layout_of(name_or_path)
     if layout == "nanocolbert":  # its weights are not looked at
-        return load_tokenizer(path), ColBERTConfig(**own_settings(path / "config.json")).texts()
-    parts = READERS[layout](path)
-    return parts.tokenizer, ColBERTConfig(**parts.settings).texts()
+        tokenizer, settings = load_tokenizer(path), own_settings(path / "config.json")
+    else:
+        parts = READERS[layout](path)
+        tokenizer, settings = parts.tokenizer, parts.settings
+    config = ColBERTConfig(**settings)
+    given = {"query": config.query_maxlen, "passage": config.doc_maxlen}  # None: as long as its encoder takes
+    lengths |= {kind: config.pieces(kind) + FRAME for kind, length in given.items() if length is not None}
+    return tokenizer, config.texts(), lengths
 
 
 def model_fingerprint(name_or_path) -> str:

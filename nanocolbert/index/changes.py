@@ -19,6 +19,7 @@ from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.index.segments import FIRST, SegmentWriter, read_state
 from nanocolbert.storage.artifact import link, locked, write_json
 from nanocolbert.storage.checksums import sum_of
+from nanocolbert.storage.documents import document_of
 from nanocolbert.storage.ragged import ranges
 from nanocolbert.storage.texts import link_texts, metadata_of, texts_of
 
@@ -75,9 +76,10 @@ def create(folder, codec: Codec, blocks: Iterable, vectors=None, texts=None, kno
     write_json(folder / "state.json", state, summed=True)
 
 
-def add(folder, blocks: Iterable, check: Callable = lambda index: None, replace: bool = False) -> int:
-    """Add passages to an index; returns how many. replace: those whose ids are there already take their place.
+def add(folder, blocks: Iterable, check: Callable = lambda index: None, replace=False, of_documents=False) -> int:
+    """Add passages to an index; returns how many.
 
+    replace: they take the place of those of the same ids and, if of_documents, of all of documents cut to passages.
     blocks: (values (T, D), lengths (n,), pids), where the index keeps texts with these and metadata (or None) too.
     check(index): called before the first block is taken. Raises InputError if one of the ids is there already, or comes
     twice; the index is then as it was.
@@ -93,37 +95,41 @@ def add(folder, blocks: Iterable, check: Callable = lambda index: None, replace:
                     raise InputError(f"{folder}: has a passage {pid} already: delete it first, or leave it out")
                 taken.add(pid)
             replaced.append(rows[rows >= 0])
+            if replace and of_documents:
+                replaced.append(index.passage_rows(list({*map(document_of, pids)}))[0])
             writer.append(index.codec.encode(values, lengths), pids, values, *contents)
         files = writer.close()
-        _mark(state, index, np.concatenate([np.zeros(0, np.int64), *replaced]))
+        _mark(state, index, np.unique(np.concatenate([np.zeros(0, np.int64), *replaced])))
         if writer.n:
             state["segments"].append({"name": name, "alive": None, "files": files})
     return writer.n
 
 
-def delete(folder, pids: list[str], places: list[str] | None = None) -> int:
+def delete(folder, pids: list[str], places: list[str] | None = None, of_documents: bool = False) -> int:
     """Delete passages from an index; returns how many. Raises InputError if one of the ids is not there.
 
-    places: where each id stands, for messages.
+    places: where each id stands, for messages. of_documents: an id may be that of a document cut to passages.
     """
     with changing(folder) as state:
         index = CompressedIndex(folder)
         rows = index.rows(pids)
-        if (rows < 0).any():
-            first = int((rows < 0).argmax())
+        parts, whose = index.passage_rows(pids if of_documents else [])
+        missing = np.setdiff1d(np.flatnonzero(rows < 0), whose)
+        if len(missing):
+            first = int(missing[0])
             raise InputError(f"{f'{places[first]}: ' if places else ''}{folder} has no passage {pids[first]}")
-        rows = np.unique(rows)
+        rows = np.union1d(rows[rows >= 0], parts[rows[whose] < 0])
         _mark(state, index, rows)
     return len(rows)
 
 
 def _mark(state: dict, index: CompressedIndex, rows: np.ndarray) -> None:
-    """Note in a state that rows (n,) are deleted."""
+    """Note in a state that rows (n,), in order, are deleted."""
     entries = {segment.folder.name: entry for segment, entry in zip(index.segments, state["segments"], strict=True)}
-    for segment, part in index.parts(np.sort(rows)):
+    for segment, part in index.parts(rows):
         entry = entries[segment.folder.name]
         alive = segment.alive.copy()
-        alive[np.sort(rows)[part] - segment.first_row] = False
+        alive[rows[part] - segment.first_row] = False
         entry["alive"] = f"alive-{state['version']}.npy"
         np.save(segment.folder / entry["alive"], alive)
         if "files" in entry:

@@ -29,6 +29,8 @@ from nanocolbert.index.segments import BLOCK, Segment, read_state
 from nanocolbert.storage.artifact import read_json
 from nanocolbert.storage.texts import metadata_of, texts_of
 
+PASSAGES = 16  # of a document looked for at a time
+
 
 class CompressedIndex:
     """An open compressed index; a row is a passage's position among all segments."""
@@ -149,6 +151,17 @@ class CompressedIndex:
             there[there] = segment.alive[local[there]]
             rows[there] = local[there] + segment.first_row
         return rows
+
+    def passage_rows(self, documents: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (n,) of the passages doc#1, doc#2, ... that documents were cut to, and whose each is, (n,)."""
+        rows, whose, left, first = [], [], np.arange(len(documents)), 1
+        while len(left):  # some at a time: any one of them may have been deleted alone
+            numbers = range(first, first + PASSAGES)
+            found = self.rows([f"{documents[at]}#{n}" for at in left for n in numbers]).reshape(-1, PASSAGES)
+            rows.append(found[found >= 0])
+            whose.append(np.repeat(left, (found >= 0).sum(1)))
+            left, first = left[(found >= 0).any(1)], first + PASSAGES
+        return np.concatenate([np.zeros(0, np.int64), *rows]), np.concatenate([left, *whose])
 
     # --------------------------------------------------------------------------------------------------------- search
 

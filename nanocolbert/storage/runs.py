@@ -22,12 +22,14 @@ import numpy as np
 
 from nanocolbert.cli import InputError
 from nanocolbert.storage.artifact import replacing
+from nanocolbert.storage.documents import document_of
 from nanocolbert.storage.ragged import Ids
-from nanocolbert.storage.tsv import check_header, open_bytes, read_lines
+from nanocolbert.storage.tsv import HEADERS, check_header, open_bytes, read_lines
 
 TREC_COLUMNS = "qid, Q0, pid, rank, score, tag"
 MSMARCO_COLUMNS = "qid, pid, rank"
 QRELS_COLUMNS = "qid, 0, pid, relevance"
+BEIR_COLUMNS = "query-id, corpus-id, score"
 MEASURES = (
     "MRR@10",
     "nDCG@10",
@@ -158,11 +160,23 @@ def _first_of_each(rows: np.ndarray) -> np.ndarray:
 
 
 def read_qrels(path) -> dict[str, dict[str, int]]:
-    """Read TREC qrels (qid, 0, pid, relevance; tabs or spaces). Raises InputError on a pair judged twice."""
-    qrels = {}
-    for number, fields in _read_fields(path, "qrels"):
-        _check_columns(path, number, fields, QRELS_COLUMNS)
-        qid, _, pid, relevance = fields
+    """Read TREC qrels (qid, 0, pid, relevance; tabs or spaces), or below a header line BEIR's, without the 0.
+
+    Three columns without a header may be a run: refused. Raises InputError on a pair judged twice.
+    """
+    qrels, columns = {}, None
+    for number, fields in _read_fields(path, "qrels", may_have_header=True):
+        if number == 1 and fields and fields[0].lower() in HEADERS:
+            columns = BEIR_COLUMNS if len(fields) == 3 else QRELS_COLUMNS
+            continue
+        if columns is None and len(fields) == 3:
+            raise InputError(
+                f"{path}:{number}: found 3 column(s), as a run has, expected 4 ({QRELS_COLUMNS}), separated by tabs or "
+                f"spaces, or 3 below a header line ({BEIR_COLUMNS})"
+            )
+        columns = columns or QRELS_COLUMNS
+        _check_columns(path, number, fields, columns)
+        qid, pid, relevance = fields[0], fields[-2], fields[-1]
         judged = qrels.setdefault(qid, {})
         if pid in judged:
             raise InputError(f"{path}:{number}: passage {pid} judged a second time for query {qid}: judge it once")
@@ -170,6 +184,16 @@ def read_qrels(path) -> dict[str, dict[str, int]]:
     if not qrels:
         raise InputError(f"{path}: an empty file, expected qrels ({QRELS_COLUMNS})")
     return qrels
+
+
+def by_document(run: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """A run of documents, each where the best of its passages (doc#1, doc#2, ...) was ranked."""
+    documents = {}
+    for qid, scores in run.items():
+        documents[qid] = {}
+        for pid in sorted(scores, key=scores.get, reverse=True):  # stable: ties stay in order
+            documents[qid].setdefault(document_of(pid), scores[pid])
+    return documents
 
 
 def write_run(
@@ -254,11 +278,11 @@ def means(values: dict[str, dict[str, float]]) -> dict[str, float]:
     return {name: sum(by_query.values()) / len(by_query) for name, by_query in values.items()}
 
 
-def _read_fields(path, what: str) -> Iterator[tuple[int, list[str]]]:
+def _read_fields(path, what: str, may_have_header: bool = False) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number from 1, fields) of lines split at white space."""
     for number, line in read_lines(path, what):
         fields = line.split()
-        if number == 1 and fields:
+        if number == 1 and fields and not may_have_header:
             check_header(path, number, fields[0])
         yield number, fields
 

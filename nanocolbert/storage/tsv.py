@@ -20,10 +20,11 @@ from nanocolbert.storage.artifact import check_file
 BLOCK = 1 << 22  # bytes looked through at a time
 TOLD = 1000  # lines between two words of how far a reader has come
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-HEADERS = {  # what the first field of a header line is called
-    *("id", "_id", "pid", "qid", "did", "docid", "doc_id", "docno", "passageid", "passage_id", "queryid", "query_id"),
-    *("query-id", "corpus-id"),
-}
+PASSAGE_IDS = (  # what ids of passages are called
+    *("_id", "id", "pid", "docid", "doc_id", "docno", "did", "passage_id", "passageid", "corpus-id"),
+)
+QUERY_IDS = ("qid", "query_id", "queryid", "query-id")
+HEADERS = {*PASSAGE_IDS, *QUERY_IDS}  # what the first field of a header line is called
 
 
 @contextlib.contextmanager
@@ -90,17 +91,6 @@ def check_header(path, number: int, field: str) -> None:
         raise InputError(f"{path}:1: a header line (it begins with {field!r}): remove it")
 
 
-def read_id_text(path, what: str, tell=None) -> Iterator[tuple[int, str, str]]:
-    """Yield (line number, id, text) of a collection or of queries. Raises InputError on an id that cannot be used.
-
-    tell: see `read_lines`.
-    """
-    for number, (identifier, text) in read_rows(path, "id, text", what, tell):
-        check_header(path, number, identifier)
-        check_id(path, number, identifier)
-        yield number, identifier, text
-
-
 def check_id(path, number: int, identifier: str) -> None:
     """Raise InputError unless the id is 1 to 256 bytes without white space (run files are split there), or control."""
     if not identifier or len(identifier.split()) != 1 or identifier.strip() != identifier:
@@ -109,16 +99,6 @@ def check_id(path, number: int, identifier: str) -> None:
         raise InputError(f"{path}:{number}: id {identifier!r} has a control character: give ids without")
     if len(identifier.encode()) > 256:
         raise InputError(f"{path}:{number}: id of {len(identifier.encode())} bytes, at most 256 can be stored")
-
-
-def read_queries(path) -> dict[str, str]:
-    """Queries as {qid: text}, in file order; an empty query is fine. Raises InputError on a duplicate qid."""
-    queries = {}
-    for number, qid, text in read_id_text(path, "queries: qid, query"):
-        if qid in queries:
-            raise InputError(f"{path}:{number}: qid {qid!r} a second time: a qid names one query")
-        queries[qid] = text
-    return queries
 
 
 def count_lines(path) -> int:

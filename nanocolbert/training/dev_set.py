@@ -6,8 +6,8 @@ import torch
 from nanocolbert.cli import InputError
 from nanocolbert.maxsim import maxsim_packed
 from nanocolbert.storage import runs
+from nanocolbert.storage.documents import read_queries
 from nanocolbert.storage.ragged import Ids, Ragged, ranges
-from nanocolbert.storage.tsv import read_queries
 
 
 class DevSet:

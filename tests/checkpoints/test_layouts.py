@@ -194,7 +194,9 @@ def test_stages_with_a_checkpoint_of_another_library(toy_dir, encoder_dir, tmp_p
     succeed(call_stage("tsv2mmap.py", *collection, "--tokenizer", model, *lengths))
     failed = embed()  # a query without a marker has room for one word piece more
     assert failed.returncode == 2 and "run tsv2mmap.py with --query_maxlen 17" in failed.stderr
-    succeed(call_stage("tsv2mmap.py", *collection, "--tokenizer", model, "--query_maxlen", 17, *lengths[2:]))
+    succeed(call_stage("tsv2mmap.py", *collection, "--tokenizer", model))  # by default as long as it reads
+    meta = json.loads((tokens / "meta.json").read_text())
+    assert (meta["query_maxlen"], meta["doc_maxlen"]) == (17, 40)
     succeed(embed())
     texts = [line.split("\t")[1] for line in (toy_dir / "collection.tsv").read_text().splitlines()]
     expected = torch.cat(ColBERT.from_pretrained(model).encode_passages(texts)).numpy()

@@ -97,7 +97,6 @@ def text_rows(stage: str, name: str, header: str, row: str, n_columns: int) -> l
     """What can be wrong with a file of (id, text), or of ids."""
     fields = [f"x{i}" for i in range(n_columns)]
     bad = {
-        "a header line": first(name, header + "\n"),
         "UTF-16": recode(name, "utf-16"),
         "UTF-16 without a mark": recode(name, "utf-16-le"),
         "a blank line": first(name, "\n"),
@@ -118,6 +117,43 @@ def text_rows(stage: str, name: str, header: str, row: str, n_columns: int) -> l
     word = name.split(".")[0]  # an empty file may show by what is missing in it
     rows = [Bad(stage, f"{name}: {what}", words=f"{word} {name}", setup=setup) for what, setup in bad.items()]
     rows.append(Bad(stage, f"{name}: a byte-order mark", setup=first(name, b"\xef\xbb\xbf"), expect="same"))
+    rows.append(Bad(stage, f"{name}: a header line", words=name, setup=first(name, header + "\n"), expect="same"))
+    rows.append(Bad(stage, f"{name}: a header without texts", words=name, setup=first(name, f"{header[:3]}\tx\n")))
+    return rows
+
+
+def document_rows(stage: str, flag: str) -> list[Bad]:
+    """What can be wrong with documents in JSON, CSV or parquet, and with the flags that say how to read them."""
+    bad = {
+        "cut short.jsonl": '{"id": "p1", "text": "a"}\n{"id": "p2", "te',
+        "a list.json": '[{"id": "p1", "text": "a"}]\n',
+        "no object.jsonl": '"p1"\n',
+        "no ids.jsonl": '{"title": "p1", "text": "a"}\n',
+        "no texts.jsonl": '{"id": "p1", "title": "a"}\n',
+        "a text of null.jsonl": '{"id": "p1", "text": null}\n',
+        "an id of 1.5.jsonl": '{"id": 1.5, "text": "a"}\n',
+        "an id twice.jsonl": '{"id": 1, "text": "a"}\n{"id": "1", "text": "b"}\n',
+        "NaN.jsonl": '{"id": "p1", "text": "a", "x": NaN}\n',
+        "half a surrogate.jsonl": '{"id": "p1", "text": "a\\ud800"}\n',
+        "nested.jsonl": "[" * 100_000 + "\n",
+        "nothing.jsonl": "\n",
+        "zeros.jsonl": "\0" * 1000,
+        "a quote.csv": 'id,text\np1,"a\np2,b\n',
+        "a column too few.csv": "id,text\np1\n",
+        "no header.csv": "p1,a,b\n",
+        "zeros.csv": "\0" * 1000,
+        "nothing.parquet": "",
+        "text.parquet": "id,text\n",
+    }
+    named = {name: name.replace(" ", "_") for name in bad}
+    rows = [
+        Bad(stage, f"{flag} {name}", f"{flag} {named[name]}", named[name], write(named[name], text))
+        for name, text in bad.items()
+    ]
+    rows += [
+        Bad(stage, f"{flag}: {flags}", flags, flags.split()[0])
+        for flags in ("--overlap 3", "--passage_words 3 --overlap 3", "--id_field key", "--text_field body")
+    ]
     return rows
 
 
@@ -192,6 +228,7 @@ def rows() -> list[Bad]:
         # tsv2mmap
         *text_rows(tokens, "collection.tsv", "pid\tpassage", "new\ta text", 2),
         *text_rows(tokens, "queries.tsv", "qid\tquery", "new\ta text", 2),
+        *document_rows(tokens, "--collection"),
         *path_rows(tokens, "--collection", "file"),
         *path_rows(tokens, "--queries", "file"),
         *path_rows(tokens, "--triples", "file"),
@@ -371,7 +408,13 @@ def rows() -> list[Bad]:
         Bad(
             measures,
             "qrels with a header",
-            words="qrels.tsv:1",
+            setup=first("qrels.tsv", "query-id\titeration\tcorpus-id\tscore\n"),
+            expect="same",
+        ),
+        Bad(
+            measures,
+            "qrels with a header of three columns",
+            words="qrels.tsv:2",
             setup=first("qrels.tsv", "query-id\tcorpus-id\tscore\n"),
         ),
         Bad(measures, "qrels in UTF-16", words="qrels.tsv:1", setup=recode("qrels.tsv", "utf-16")),

@@ -142,18 +142,39 @@ def test_qrels(tmp_path):
     assert runs.read_qrels(path) == {"q": {"a": 3, "b": -1}, "r": {"a": 0}}
     for text, message in [
         ("q 0 a 1\nq 0 a 0\n", ":2: passage a judged a second time for query q"),
-        ("q a 1\n", r":1: found 3 column\(s\), expected 4"),
+        ("q a 1\n", r":1: found 3 column\(s\), as a run has, expected 4 .* or 3 below a header line"),
+        ("q 0 a 1\nq a 1\n", r":2: found 3 column\(s\), expected 4"),
+        ("qid pid rel\nq a 1\nq 0 b 1\n", r":3: found 4 column\(s\), expected 3"),
+        ("query-id corpus-id score\nq a yes\n", ":2: relevance 'yes' is not an integer"),
+        ("query-id corpus-id score\n", "empty file"),
+        ("query-id corpus-id\nq a\n", r":2: found 2 column\(s\), expected 4"),
         ("q 0 a yes\n", ":1: relevance 'yes' is not an integer"),
         ("", "empty file"),
     ]:
         path.write_text(text)
         with pytest.raises(InputError, match=message):
             runs.read_qrels(path)
+    for text in (
+        "query-id\tcorpus-id\tscore\nq\ta\t3\nq\tb\t-1\n",
+        "query_id iteration doc_id relevance\nq 0 a 3\nq 0 b -1\n",
+    ):
+        path.write_text(text)
+        assert runs.read_qrels(path) == {"q": {"a": 3, "b": -1}}
     path.write_bytes(b"q 0 \xff 1\n")
     with pytest.raises(InputError, match=":1: byte 0xff at column 5 is not UTF-8"):
         runs.read_qrels(path)
     with pytest.raises(InputError, match="no such file"):
         runs.read_qrels(tmp_path / "none")
+
+
+def test_by_document():
+    run = {"q": {"b#2": -2.0, "a": -1.0, "b#1": -4.0, "c#1": -3.0, "a#7": -5.0, "d#x": -6.0}, "r": {}}
+    documents = runs.by_document(run)
+    assert documents == {"q": {"a": -1.0, "b": -2.0, "c": -3.0, "d#x": -6.0}, "r": {}}
+    assert list(documents["q"]) == ["a", "b", "c", "d#x"]
+    assert list(runs.by_document({"q": {"b#1": 0.5, "a#1": 0.5}})["q"]) == ["b", "a"]  # ties stay in order
+    by_hand = runs.measure({"q": {"b": 1}}, documents, ["RR", "P@2", "nDCG@10"])
+    assert by_hand == {"RR": 0.5, "P@2": 0.5, "nDCG@10": pytest.approx(1 / np.log2(3))}
 
 
 def test_a_byte_order_mark_and_a_header(tmp_path):

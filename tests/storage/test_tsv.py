@@ -7,7 +7,7 @@ import pytest
 
 from nanocolbert.cli import InputError
 from nanocolbert.storage import tsv
-from nanocolbert.storage.tsv import count_lines, read_id_text, read_queries, read_rows
+from nanocolbert.storage.tsv import check_id, count_lines, read_rows
 
 
 def write(path, content: bytes):
@@ -42,20 +42,20 @@ def test_lines_are_no_csv(tmp_path, name):
         ("a\u00a0b\tx\n".encode(), r"a\.tsv:1: id .* white space"),
         (b"5\0\tx\n", r"a\.tsv:1: id '5\\x00' has a control character"),
         (b"a\tb\nc\x1bd\tx\n", r"a\.tsv:2: id 'c\\x1bd' has a control"),
-        (b"pid\tpassage\n1\tx\n", r"a\.tsv:1: a header line \(it begins with 'pid'\): remove it"),
         ("a\tb\n".encode("utf-16"), r"a\.tsv:1: UTF-16 .*convert the file to UTF-8"),
         (b"a" * 257 + b"\tx\n", r"a\.tsv:1: id of 257 bytes, at most 256"),
     ],
 )
 def test_errors_name_the_line(tmp_path, content, message):
     with pytest.raises(InputError, match=message):
-        list(read_id_text(write(tmp_path / "a.tsv", content), "collection"))
+        for number, (identifier, _) in read_rows(write(tmp_path / "a.tsv", content), "id, text", "collection"):
+            check_id(tmp_path / "a.tsv", number, identifier)
 
 
 @pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz"])
 def test_a_byte_order_mark_is_no_part_of_an_id(tmp_path, name):
     path = write(tmp_path / name, b"\xef\xbb\xbfq1\tone\nid\ttwo\n")
-    assert read_queries(path) == {"q1": "one", "id": "two"}  # a header is a first line
+    assert list(read_rows(path, "id, text", "collection")) == [(1, ["q1", "one"]), (2, ["id", "two"])]
 
 
 def test_missing_and_broken_files(tmp_path):
@@ -77,15 +77,6 @@ def test_damaged_gzip_is_an_input_error(tmp_path):
             list(read_rows(tmp_path / "bits.gz", "a, b", "collection"))
 
 
-def test_read_queries(tmp_path):
-    path = write(tmp_path / "q.tsv", b"9\tnine\nx\t\n1\tone  two\n")
-    assert list(read_queries(path).items()) == [("9", "nine"), ("x", ""), ("1", "one  two")]
-    with pytest.raises(InputError, match=r"q\.tsv:3: qid 'a' a second time"):
-        read_queries(write(path, b"a\tx\nb\ty\na\tx\n"))
-
-
-@pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz"])
-@pytest.mark.parametrize("end", ["", "\n"])
 @pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz"])
 def test_how_far_a_reader_has_come(tmp_path, name, monkeypatch):
     """In bytes on disk: of a .gz too, whose size unpacked nobody knows."""
@@ -93,6 +84,6 @@ def test_how_far_a_reader_has_come(tmp_path, name, monkeypatch):
     generator = random.Random(0)
     path = write(tmp_path / name, b"".join(b"%d\t%x\n" % (i, generator.getrandbits(9999)) for i in range(1000)))
     told, size = [], path.stat().st_size
-    assert len(list(read_id_text(path, "collection: pid, passage", told.append))) == 1000
+    assert len(list(read_rows(path, "pid, passage", "collection", told.append))) == 1000
     assert len(told) == 101 and told == sorted(told) and told[-1] == size
     assert all(abs(n - size * (i + 1) / 100) < 0.2 * size for i, n in enumerate(told[:-1]))
