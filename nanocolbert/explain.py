@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 COLUMNS = 45  # passage tokens side by side in a heatmap; of a longer passage those that matter
 CELL = 0.24  # inches
+DIGITS = 3  # of a similarity in JSON
 NAMES = 3  # query tokens written over a passage token in HTML; more are counted
 FAINT = "opacity: 0.55"
 GAP = "⋯"  # stands for columns that are left out
@@ -54,6 +55,25 @@ class Token(NamedTuple):
     @property
     def is_special(self) -> bool:
         return self.span[0] == self.span[1]
+
+
+class Piece(NamedTuple):
+    """A piece of the passage as it is shown: what matched one place, or the text up to the next such place."""
+
+    text: str
+    matched: list[tuple[Token, float]]  # query tokens that matched it, with their similarities
+    n_fill: int  # [MASK] that matched it
+    is_special: bool  # a special token's name, which is not in the text
+    is_read: bool  # False: the model does not read this far
+
+    def to_dict(self) -> dict:
+        """Itself for JSON; what is nothing is left out."""
+        found = {"text": self.text}
+        if self.matched:
+            found["similarity"] = round(max(similarity for _, similarity in self.matched), DIGITS)
+            found["matched"] = [[token.label, round(similarity, DIGITS)] for token, similarity in self.matched]
+        found |= {"fill": self.n_fill} if self.n_fill else {}
+        return found | ({"special": True} if self.is_special else {}) | ({} if self.is_read else {"unread": True})
 
 
 @dataclass(repr=False)
@@ -102,26 +122,57 @@ class Explanation:
         pairs = zip(self.query, self.matches(), self.is_fill, strict=True)
         return [(token, match) for token, match, is_fill in pairs if not is_fill]
 
+    def pieces(self) -> list[Piece]:
+        """The passage in order, special tokens and the text that is not read among it; the other texts make it up."""
+        words, pieces, plain, end = self._words(), [], "", 0
+        fill = np.bincount(self.similarity[self.is_fill].argmax(1), minlength=len(self.tokens))  # (Ld,)
+        spans = [token.span for token in self.tokens]
+        for (start, stop), group in itertools.groupby(range(len(spans)), spans.__getitem__):
+            plain += self.passage[end:start]
+            end = stop
+            group = list(group)  # tokens of one place are pieces of one character; special tokens have none
+            for ats in [group] if stop > start else [[at] for at in group]:
+                matched = [(token, match.similarity) for token, match in words if match.position in ats]
+                n_fill, text = int(fill[ats].sum()), self.passage[start:stop]
+                if text and not matched and not n_fill:
+                    plain += text
+                    continue
+                pieces += [Piece(plain, [], 0, False, True)] * bool(plain)
+                pieces.append(Piece(text or self.tokens[ats[0]].text, matched, n_fill, not text, True))
+                plain = ""
+        pieces += [Piece(plain, [], 0, False, True)] * bool(plain)
+        return pieces + [Piece(self.passage[end:], [], 0, False, False)] * (end < len(self.passage))
+
+    def to_dict(self) -> dict:
+        """All of it for JSON: tokens with their spans, each query token's match, similarities rounded to 3 digits."""
+        rows = zip(self.query, self.matches(), self.is_fill.tolist(), strict=True)
+        return {
+            "score": round(self.score, DIGITS),
+            "passage": self.passage,
+            "query": [
+                {
+                    "token": token.label,
+                    "special": token.is_special,
+                    "fill": is_fill,
+                    "similarity": round(match.similarity, DIGITS),
+                    "position": match.position,
+                }
+                for token, match, is_fill in rows
+            ],
+            "tokens": [{"token": t.label, "span": t.span, "special": t.is_special} for t in self.tokens],
+            "similarity": np.round(self.similarity.astype(float), DIGITS).tolist(),
+            "pieces": [piece.to_dict() for piece in self.pieces()],
+        }
+
     # ------------------------------------------------------------------------------------------------------------ HTML
 
     def _repr_html_(self) -> str:
         """The query, each token with its similarity; the passage, over its tokens those that matched them; a legend."""
-        words = self._words()
-        fill = np.bincount(self.similarity[self.is_fill].argmax(1), minlength=len(self.tokens))  # (Ld,)
-        query = " ".join(chip(token, match.similarity) for token, match in words)
-        passage, end, spans = [], 0, [token.span for token in self.tokens]
-        for (start, stop), group in itertools.groupby(range(len(spans)), spans.__getitem__):
-            passage.append(html.escape(self.passage[end:start]))
-            end = stop
-            group = list(group)  # tokens of one place are pieces of one character; special tokens have none
-            for ats in [group] if stop > start else [[at] for at in group]:
-                text = self.passage[start:stop] or self.tokens[ats[0]].text
-                found = [(token, match.similarity) for token, match in words if match.position in ats]
-                passage.append(annotate(text, found, int(fill[ats].sum()), special=start == stop))
-        cut = f'<span style="{FAINT}" title="the model does not read this far">{html.escape(self.passage[end:])}</span>'
+        query = " ".join(chip(token, match.similarity) for token, match in self._words())
+        passage = "".join(map(annotate, self.pieces()))
         style = "max-width: 60em; line-height: 2.6; font-family: sans-serif"
         head, foot = f"<b>{self!r}</b><br>{query}", legend(bool(self.is_fill.any()))
-        return f'<div style="{style}">{head}<hr>{"".join(passage)}{cut}<hr>{foot}</div>'
+        return f'<div style="{style}">{head}<hr>{passage}<hr>{foot}</div>'
 
     # --------------------------------------------------------------------------------------------------------- heatmap
 
@@ -293,23 +344,26 @@ def chip(token: Token, similarity: float) -> str:
     return f'{name}<sub style="{FAINT}; margin-right: 0.4em">{similarity:.2f}</sub>'
 
 
-def annotate(text: str, found: list[tuple[Token, float]], n_fill: int, special: bool) -> str:
+def annotate(piece: Piece) -> str:
     """A piece of the passage as HTML: shaded by its highest similarity, under the query tokens that matched it.
 
     Dots under it: [MASK] matched it. All of it with numbers where the pointer rests.
     """
-    piece = html.escape(text)
-    if found:
-        words = sorted(found, key=lambda pair: pair[0].is_special)  # they tell more than [CLS] and the like
+    shown, matched = html.escape(piece.text), piece.matched
+    if not piece.is_read:
+        return f'<span style="{FAINT}" title="the model does not read this far">{shown}</span>'
+    if matched:
+        words = sorted(matched, key=lambda pair: pair[0].is_special)  # they tell more than [CLS] and the like
         names = [over(token) for token, _ in words[:NAMES]] + [f"+{len(words) - NAMES}"] * (len(words) > NAMES)
-        style = shade(max(similarity for _, similarity in found))
+        style = shade(max(similarity for _, similarity in matched))
         rt = f'<rt style="font-size: 65%">&nbsp;{" · ".join(names)}&nbsp;</rt>'
-        piece = f'<ruby style="{style}; margin: 0 1px">{piece}{rt}</ruby>'
-    title = [f"{token.text} {similarity:.2f}" for token, similarity in found] + [f"{n_fill} [MASK]"] * (n_fill > 0)
+        shown = f'<ruby style="{style}; margin: 0 1px">{shown}{rt}</ruby>'
+    title = [f"{token.text} {similarity:.2f}" for token, similarity in matched]
+    title += [f"{piece.n_fill} [MASK]"] * (piece.n_fill > 0)
     if title:
-        line = "border-bottom: 2px dotted gray" if n_fill else ""
-        piece = f'<span title="{html.escape(", ".join(title))}" style="{line}">{piece}</span>'
-    return f'<small style="{FAINT}"> {piece} </small>' if special else piece
+        line = "border-bottom: 2px dotted gray" if piece.n_fill else ""
+        shown = f'<span title="{html.escape(", ".join(title))}" style="{line}">{shown}</span>'
+    return f'<small style="{FAINT}"> {shown} </small>' if piece.is_special else shown
 
 
 def over(token: Token) -> str:

@@ -29,7 +29,7 @@ has_gpu() { command -v nvidia-smi > /dev/null && nvidia-smi -L > /dev/null 2>&1;
 
 lacks_gpu_builds() { [ -e .venv/without_gpu ] && has_gpu; }  # made elsewhere: a folder shared with machines without one
 
-checksum() { cat requirements{,-demo,-dev,-gpu}.txt | cksum; }
+checksum() { cat requirements{,-demo,-dev,-gpu,-serve}.txt | cksum; }
 
 is_ready() {
     [ "$(cat .venv/ready 2> /dev/null)" = "$(checksum)" ] && [ -x .venv/bin/python ] && ! lacks_gpu_builds
@@ -37,6 +37,7 @@ is_ready() {
 
 make_venv() {  # set -e does not hold in all that calls this: each step says what follows if it fails
     local python torch pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+    local more=(-r requirements-dev.txt -r requirements-serve.txt)
     if [ -e .venv/unfinished ] || lacks_gpu_builds; then rm -rf .venv; fi
     if [ ! -e .venv ]; then
         python=$(find_python) || return
@@ -52,12 +53,12 @@ make_venv() {  # set -e does not hold in all that calls this: each step says wha
         rm -f .venv/ready
     fi
     if has_gpu; then
-        "${pip[@]}" -r <(grep -v '^faiss-cpu' requirements.txt) -r requirements-gpu.txt -r requirements-dev.txt
+        "${pip[@]}" -r <(grep -v '^faiss-cpu' requirements.txt) -r requirements-gpu.txt "${more[@]}"
     else
         # Without 3.7 GB of CUDA libraries, where the package index has that build; else requirements.txt's own follows.
         torch=$(sed -n 's/^\(torch==[^ #]*\).*/\1+cpu/p' requirements.txt)
         "${pip[@]}" --no-deps "$torch" > /dev/null 2>&1 || true
-        "${pip[@]}" -r requirements.txt -r requirements-dev.txt
+        "${pip[@]}" -r requirements.txt "${more[@]}"
     fi && "${pip[@]}" --no-deps -r requirements-demo.txt && checksum > .venv/ready && rm -f .venv/unfinished ||
         setup_error "the packages above could not be installed: run this again"
 }

@@ -5,6 +5,7 @@ import os
 import shutil
 
 import numpy as np
+import pytest
 from conftest import ROOT, run_stage_cli, succeed
 
 from nanocolbert.storage.ragged import Ragged
@@ -42,6 +43,17 @@ def test_search_against_exact(embedding_dir, tmp_path):
     assert [row["recall_at_10"] for row in rows[-2:]] == [1, 1] and rows[0]["bytes_per_token"] > 32
     succeed(run_stage_cli("bench/plot.py", "--results", tmp_path))
     assert (tmp_path / "search.png").is_file()
+
+
+def test_server_under_load(codes_dir, model_dir, toy_dir, tmp_path):
+    pytest.importorskip("fastapi", reason="serve.py's packages are optional: pip install -r requirements-serve.txt")
+    arguments = ["--index_dir", codes_dir, "--model", model_dir, "--queries", toy_dir / "queries.tsv", "--k", 5]
+    arguments += ["--clients", 1, 3, "--seconds", 0.3, "--results", tmp_path, "--work", tmp_path]
+    succeed(run_stage_cli("bench/bench_serve.py", *arguments))
+    line = json.loads((tmp_path / "serve.jsonl").read_text())
+    assert [(row["clients"], row["changes"] > 0) for row in line["rows"]] == [(1, 0), (3, 0), (1, 1), (3, 1)]
+    assert all(row["searches"] and not row["failed"] and not row["wrong"] for row in line["rows"])
+    assert line["killed"]["wrong"] == 0 and line["killed"]["searches"] == 16 and line["memory"]["private_mb"] > 0
 
 
 def test_pictures_of_what_was_measured(tmp_path):

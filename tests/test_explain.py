@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -132,6 +133,29 @@ def test_html_shows_the_passage_as_it_is(colbert, passage):
     assert page.query.count("<sub") == len(words)
     n_fill = sum(int(part.split()[0]) for part in titles.split(", ") if part.endswith(" [MASK]"))
     assert n_fill == found.is_fill.sum()
+
+
+@pytest.mark.parametrize("passage", PASSAGES)
+def test_pieces_and_json(colbert, passage):
+    found = explain(colbert, QUERY, passage)
+    pieces, told = found.pieces(), json.loads(json.dumps(found.to_dict()))
+    assert "".join(piece.text for piece in pieces if not piece.is_special) == passage
+    matched = [(token.label, similarity) for piece in pieces for token, similarity in piece.matched]
+    words = [match for match, is_fill in zip(found.matches(), found.is_fill, strict=True) if not is_fill]
+    assert sorted(similarity for _, similarity in matched) == sorted(match.similarity for match in words)
+    assert sum(piece.n_fill for piece in pieces) == found.is_fill.sum()
+    plain = [not piece.matched and not piece.n_fill and not piece.is_special and piece.is_read for piece in pieces]
+    assert not any(one and other for one, other in itertools.pairwise(plain))  # as long as can be
+    assert [match.passage_token for match in found.matches()] == [
+        found.passage_tokens[token["position"]] for token in told["query"]
+    ]
+    assert np.allclose(told["similarity"], found.similarity, atol=6e-4)
+    assert sum(token["similarity"] for token in told["query"]) == pytest.approx(told["score"], abs=0.02)
+    assert [token["span"] for token in told["tokens"]] == [list(token.span) for token in found.tokens]
+    assert [piece["text"] for piece in told["pieces"]] == [piece.text for piece in pieces]
+    for piece, shown in zip(told["pieces"], pieces, strict=True):
+        assert ("matched" in piece) == bool(shown.matched) == ("similarity" in piece)
+        assert piece.get("special", False) == shown.is_special and piece.get("unread", False) != shown.is_read
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")

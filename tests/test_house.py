@@ -31,6 +31,7 @@ MAY_KNOW = {
     "encoder": (*GROUND, "storage", "text", "config"),
     "checkpoints": (*GROUND, "storage", "text", "config", "encoder"),
     "index": (*GROUND, "storage", "maxsim"),
+    "server": ("cli",),
     "training": (*GROUND, "storage", "maxsim", "text", "config", "encoder"),
     "indexing": (*GROUND, "storage", "text", "checkpoints", "index"),
     "explain": (*GROUND, "storage", "maxsim", "text", "config"),

@@ -93,6 +93,7 @@ def test_set_up_once_without_a_gpu_and_again_for_other_requirements(setup):
     torch, rest, demo = setup.installs()
     pinned = next(line.split()[0] for line in (ROOT / "requirements.txt").open() if line.startswith("torch=="))
     assert torch.endswith(f" --no-deps {pinned}+cpu") and "-r requirements.txt" in rest and "demo" in demo
+    assert "-r requirements-serve.txt" in rest
     assert setup.run()[0] == 0 and setup.installs() == []
     with (setup.root / "requirements.txt").open("a") as file:
         file.write("another==1\n")
