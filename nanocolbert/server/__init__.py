@@ -1,0 +1,1 @@
+"""The server: its JSON interface, its guard, its worker."""
