@@ -30,7 +30,7 @@ import transformers
 from measure import DATA, INTERVAL, REPO, add_results_flag, hardware, private_bytes, status_bytes, write_result
 
 from nanocolbert.checkpoints.layouts import model_of
-from nanocolbert.storage.tsv import read_queries
+from nanocolbert.storage.documents import read_queries
 from search import Searcher
 
 TOKEN = "bench-serve-token"
