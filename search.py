@@ -80,6 +80,8 @@ class Index:
         check_output_dir(folder, "index", *([] if isinstance(model, ColBERT) else [model]))
         name = None if isinstance(model, ColBERT) else str(model)
         model = model if name is None else ColBERT.from_pretrained(name)
+        if (passage_words is not None and passage_words < 1) or not 0 <= overlap < (passage_words or 1):
+            raise InputError(f"overlap {overlap}, passage_words {passage_words}: give passage_words above the overlap")
         documents = {"words": passage_words, "overlap": overlap} if passage_words else None
         passages = indexing.passages_of(passages, ids, metadata, documents)
         settings = {"bits": bits, "keep_vectors": keep_vectors, "nlist": nlist, "seed": seed}
@@ -104,11 +106,8 @@ class Searcher:
         """
         self.meta = read_meta(index_dir, "index", "build_index.py", "embeddings", check=verify)
         self._lock, self._filters = threading.RLock(), {}
-        self.index_dir, self.device, self.gpu_index = (
-            Path(index_dir),
-            torch.device(device or default_device()),
-            gpu_index,
-        )
+        self.index_dir, self.device = Path(index_dir), torch.device(device or default_device())
+        self.gpu_index = gpu_index
         self.index = open_index(self.index_dir, self.meta, self.device, gpu_index)
         if model is not None:
             self.model = self._load(model)
@@ -280,10 +279,12 @@ class Searcher:
         with self._lock:
             if not isinstance(self.index, CompressedIndex) or self.index.is_current():
                 return False
-            clock = self.index.clock
-            self.meta = read_meta(self.index_dir, "index", "build_index.py")
-            self.index = open_index(self.index_dir, self.meta, self.device, self.gpu_index)
-            self.index.clock, self._filters = clock, {}
+            meta = read_meta(self.index_dir, "index", "build_index.py")
+            index = open_index(self.index_dir, meta, self.device, self.gpu_index)
+            if meta["model_fingerprint"] != self.meta["model_fingerprint"]:  # built anew
+                self.__dict__.pop("model", None)
+            index.clock = self.index.clock
+            self.index, self.meta, self._filters = index, meta, {}
             return True
 
     def add(self, ids: Iterable, texts: Iterable[str], metadata: Iterable[dict | None] | None = None) -> int:

@@ -198,6 +198,9 @@ def test_an_index_of_a_model_in_memory_has_it_within(colbert, tmp_path):
         (["red"], {"metadata": [[1]]}, "not an object with names"),
         (["red"], {"metadata": [{"x": float("nan")}]}, "not what JSON can hold"),
         (["red"], {"nlist": 100_000}, "nlist"),
+        (["red"], {"bits": 3}, "bits 3: give one of 1, 2, 4, 8"),
+        (["red"], {"overlap": 3}, "give passage_words above the overlap"),
+        (["red"], {"passage_words": 0}, "give passage_words above the overlap"),
     ],
 )
 def test_what_cannot_be_built_leaves_nothing(colbert, tmp_path, passages, others, message):
@@ -212,6 +215,17 @@ def test_an_index_is_not_built_over_something_else(colbert, model_dir, tmp_path)
         Index.build(tmp_path, colbert, ["red"])
     with pytest.raises(InputError, match="holds what is read"):
         Index.build(model_dir.parent, model_dir, ["red"])
+
+
+def test_an_index_that_is_built_anew_is_taken_up(colbert, model_dir, tmp_path):
+    folder = tmp_path / "index"
+    searcher = Index.build(folder, model_dir, ["red apple"])
+    Index.build(folder, colbert, ["old boat", "drum"])
+    assert searcher.reload() and len(searcher.search("boat")) == 2
+    before = searcher.search("boat")
+    assert [hit.score for hit in Searcher(folder, device="cpu").search("boat")] == [hit.score for hit in before]
+    folder.rename(tmp_path / "away")  # as for a moment while an index is replaced
+    assert not searcher.reload() and searcher.search("boat") == before
 
 
 def test_changes_of_an_open_index(built_dir, tmp_path):

@@ -12,6 +12,7 @@ from nanocolbert.compute import default_device
 from nanocolbert.index.centroids import MOST_CENTROIDS, PER_CENTROID, default_nlist, sample_passages
 from nanocolbert.index.changes import create
 from nanocolbert.index.codec import Codec
+from nanocolbert.index.knobs import BITS
 from nanocolbert.progress import progress
 from nanocolbert.storage.ragged import Ids, Ragged, neighbours
 from nanocolbert.storage.texts import FOLDER as TEXTS
@@ -65,6 +66,8 @@ def build_codes(
     default; known: checksums of the source's files. Raises InputError where nlist is too large, or vectors are not of
     unit length.
     """
+    if bits not in BITS:
+        raise InputError(f"bits {bits}: give one of {', '.join(map(str, BITS))}")
     source = Path(source)
     embeddings = Ragged(source, "f2")
     n_embeddings, pids = len(embeddings.values), Ids(source / "pids.npy", len(embeddings))

@@ -124,8 +124,8 @@ class CompressedIndex:
         return self.state["version"]
 
     def is_current(self) -> bool:
-        """Whether what is open is what lies on disk; cheap while it is."""
-        return self._seen == seen(self.folder)
+        """Whether what is open is what lies on disk, or nothing does; cheap."""
+        return seen(self.folder) in (self._seen, None)
 
     @property
     def fields(self) -> list[str]:
@@ -275,7 +275,10 @@ class CompressedIndex:
                 yield segment, part
 
 
-def seen(folder: Path) -> tuple[int, ...]:
-    """What changes whenever state.json is replaced."""
-    found = os.stat(folder / "state.json")
+def seen(folder: Path) -> tuple[int, ...] | None:
+    """What changes whenever state.json is replaced; None while there is none, as while an index is replaced."""
+    try:
+        found = os.stat(folder / "state.json")
+    except FileNotFoundError:
+        return None
     return found.st_ino, found.st_mtime_ns, found.st_size
