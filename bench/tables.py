@@ -267,9 +267,46 @@ def parity() -> str:
     return table([*head, "equal numbers of embeddings", "equal top 10"], rows)
 
 
+def documents() -> str:
+    """From a file of documents to the first hit."""
+    line = last("documents")
+    spent, disk = line["seconds"], line["disk_mb"]
+    return table(
+        ["step", "seconds", "MB on disk"],
+        [
+            [f"the file, {line['passages']:,} passages", "", line["file_mb"]],
+            ["tokens and texts", spent["tokens"], disk["tokens"]],
+            ["embeddings", spent["embeddings"], disk["embeddings"]],
+            ["index", spent["index"], disk["index"]],
+            ["the first search in a new Python, its imports and the model included", spent["first_search"], ""],
+            ["in all, each file counted once", line["seconds_to_first_hit"], disk["in_all"]],
+            ["index.sh again, where all is done", line["again_seconds"], ""],
+        ],
+    )
+
+
+def serve() -> str:
+    """The server under load."""
+    line = last("serve")
+    return table(
+        ["clients", "changes meanwhile", "searches a second", "ms: p50, p95, p99", "searches a batch", "failed, wrong"],
+        [
+            [
+                row["clients"],
+                row["changes"],
+                row["searches_per_s"],
+                ", ".join(f"{row[f'p{share}_ms']:.0f}" for share in (50, 95, 99)),
+                row["mean_batch"],
+                f"{row['failed']}, {row['wrong']}",
+            ]
+            for row in line["rows"]
+        ],
+    )
+
+
 TABLES = {
     function.__name__: function
-    for function in (reference, zen3, gpu, search, beside, untrained, growth, memory, quality, parity)
+    for function in (reference, zen3, gpu, search, beside, untrained, growth, memory, documents, serve, quality, parity)
 }
 
 
