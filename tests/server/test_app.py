@@ -158,6 +158,9 @@ def test_changes_need_the_token(client, searcher, path):
     assert "application/json" in error_of(client.post(path, content="ids=1", headers=CHANGES), 415)
     with serving(ToySearcher(PASSAGES), token=None) as closed:
         assert "--writable" in error_of(closed.post(path, json=body, headers=CHANGES), 403)
+        for end in ("%0A", "%0a%0D", "%00"):  # the routes' own patterns take /add\n for /add
+            assert "control character" in error_of(closed.post(f"{path}{end}", json=body), 400)
+        assert closed.get("/health").json()["version"] == 1
 
 
 def test_pages_elsewhere_cannot_ask(client):
