@@ -13,7 +13,7 @@ in nanocolbert/index/ say how), and rows become ids, texts and metadata. retriev
 """
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -160,9 +160,28 @@ class Searcher:
             raise InputError(f"k is {k}: ask for at least one passage")
         texts = [queries] if isinstance(queries, str) else queries
         texts = texts if isinstance(texts, Tensor) else check_texts(texts)
-        index = self.index  # another thread may open a newer one meanwhile
-        hits = [self._hits(index, *ranking) for ranking in self.rankings(texts, k, index=index, **effort)]
+        if effort.get("among") is not None and not isinstance(effort["among"], str):
+            effort["among"] = list(effort["among"])  # which may be looked at twice
+
+        def find(index) -> list[list[Hit]]:
+            return [self._hits(index, *ranking) for ranking in self.rankings(texts, k, index=index, **effort)]
+
+        hits = self._while_it_is_there(find)
         return hits[0] if isinstance(queries, str) else hits
+
+    def _while_it_is_there(self, call: Callable):
+        """What call(index) gives, of the open index; of a newer one where files of that have been removed meanwhile.
+
+        A thread goes on with the index that it began with, while another opens a newer one. What it has not opened yet,
+        texts and metadata, is gone once the index is compacted, or built anew.
+        """
+        while True:
+            index = self.index
+            try:
+                return call(index)
+            except InputError:
+                if index is self.index and not self.reload():
+                    raise
 
     def _hits(self, index, rows: np.ndarray, scores: np.ndarray) -> list[Hit]:
         """What was found, with its ids, texts and metadata."""
@@ -261,7 +280,10 @@ class Searcher:
         By the vectors in the index where it keeps them, else each passage is embedded once more.
         Raises InputError for a passage that is not there, or without its text.
         """
-        index, pids = self.index, [str(pid) for pid in pids]
+        pids = [str(pid) for pid in pids]
+        return self._while_it_is_there(lambda index: self._explain(index, query, pids))
+
+    def _explain(self, index, query: str, pids: list[str]) -> list[Explanation]:
         rows = index.rows(pids)
         if (rows < 0).any():
             raise InputError(f"{self.index_dir}: has no passage {pids[int((rows < 0).argmax())]}")

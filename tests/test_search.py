@@ -241,6 +241,28 @@ def test_changes_of_an_open_index(built_dir, tmp_path):
     assert searcher.version == 5 and not searcher.reload() and searcher.search("red") == before
 
 
+def test_an_index_that_is_compacted_before_its_texts_are_opened(built_dir, tmp_path):
+    """By another process: the files that a search had not opened yet are gone."""
+    folder = shutil.copytree(built_dir, tmp_path / "index")
+    changer, calls = Searcher(folder, device="cpu"), []
+    for call in (
+        lambda searcher: {hit.pid: (hit.text, hit.metadata) for hit in searcher.search("red")},
+        lambda searcher: [hit.pid for hit in searcher.search("red", where="year > 2000", among=iter("abc"))],
+        lambda searcher: [found.passage for found in searcher.explain("red", iter("ab"))],
+        lambda searcher: searcher.search("red") and [hit.metadata for hit in searcher.search("boat", among=["b"])],
+    ):
+        late = Searcher(folder, device="cpu")
+        late.model = changer.model
+        if not calls:  # one that has opened the texts, but reads its metadata anew each time
+            late.search("red")
+        calls.append((late, call))
+    changer.compact()
+    for late, call in calls:
+        assert call(late) == call(changer)
+    with pytest.raises(InputError, match="no such column"):
+        calls[0][0].search("red", where="nope = 1")
+
+
 def test_passages_are_found_by_their_metadata(built_dir, tmp_path):
     searcher = Searcher(shutil.copytree(built_dir, tmp_path / "index"), device="cpu")
     assert searcher.fields == ["year", "lang", "tags"]

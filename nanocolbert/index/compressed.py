@@ -49,7 +49,7 @@ class CompressedIndex:
             self.state, error = read_state(self.folder), None
             try:
                 self._open()
-            except InputError as found:  # replaced since the state was read?
+            except (InputError, FileNotFoundError) as found:  # replaced since the state was read?
                 error = found
             if not error and all("files" in entry for entry in self.state["segments"]):
                 break

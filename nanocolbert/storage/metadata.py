@@ -74,13 +74,16 @@ def as_json(value) -> str:
 class Metadata:
     """Metadata of rows; any number of threads may read."""
 
-    def __init__(self, path):
-        """Open a file, or none. Raises InputError if it is damaged."""
+    def __init__(self, path, is_there: bool):
+        """Open a file, or none. Raises InputError if it is damaged, or gone."""
         self.path, self.fields = Path(path), []
-        if self.path.is_file():
+        if is_there:
             self.fields = [name for (name,) in self._read("SELECT name FROM fields")]
 
     def _connect(self) -> sqlite3.Connection:
+        """Raises InputError where the file is gone."""
+        if not self.path.is_file():
+            raise InputError(f"{self.path}: missing: restore it, or make its folder again")
         # which never changes: SQLite needs no lock, and writes nothing beside it
         return sqlite3.connect(f"file:{quote(str(self.path.resolve()))}?mode=ro&immutable=1", uri=True)
 

@@ -3,7 +3,7 @@
 A folder texts/: a ragged array of UTF-8 bytes, memory-mapped; where there is metadata, metadata.sqlite beside it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -40,8 +40,8 @@ class TextWriter:
 class Texts:
     """The texts of an artifact's n passages, and their metadata; opened when they are first asked for."""
 
-    def __init__(self, folder, n: int):
-        self.folder, self.n = Path(folder), n
+    def __init__(self, folder, n: int, has_metadata: bool):
+        self.folder, self.n, self.has_metadata = Path(folder), n, has_metadata
 
     @cached_property
     def bytes(self) -> Ragged:
@@ -53,13 +53,20 @@ class Texts:
 
     @cached_property
     def metadata(self) -> Metadata:
-        return Metadata(self.folder / METADATA)
+        """Raises InputError where it is gone."""
+        return Metadata(self.folder / METADATA, self.has_metadata)
 
     @classmethod
-    def of(cls, folder, n: int) -> "Texts | None":
-        """Those of an artifact in `folder`; None where it keeps none."""
+    def of(cls, folder, n: int, listed: Container[str] | None = None) -> "Texts | None":
+        """Those of an artifact in `folder`; None where it keeps none.
+
+        listed: the artifact's files, where others may remove them meanwhile: what is gone is not what never was.
+        """
         folder = Path(folder) / FOLDER
-        return cls(folder, n) if folder.is_dir() else None
+        if listed is None:
+            return cls(folder, n, (folder / METADATA).is_file()) if folder.is_dir() else None
+        has = {name: f"{FOLDER}/{name}" in listed for name in ("offsets.npy", METADATA)}
+        return cls(folder, n, has[METADATA]) if has["offsets.npy"] else None
 
     def __getitem__(self, row: int) -> str:
         try:
