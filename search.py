@@ -257,7 +257,7 @@ class Searcher:
 
     def _where(self, index, where: str) -> np.ndarray:
         """The rows of a condition (n,) bool, remembered for the next time."""
-        key = index.version, where
+        key = index, where  # not its version: an index that is built anew begins with 1 again
         fulfil = self._filters.get(key)
         if fulfil is None:
             fulfil = index.where(where)
@@ -298,14 +298,19 @@ class Searcher:
     # Other processes may search, or change, the same index meanwhile: changes.py.
 
     def reload(self) -> bool:
-        """Open the index anew if it has been changed since; returns whether it has."""
+        """Open the index anew if it has been changed since; returns whether it has.
+
+        Raises InputError where it was built anew from another model than the one that is open.
+        """
         with self._lock:
             if not isinstance(self.index, CompressedIndex) or self.index.is_current():
                 return False
-            clock = self.index.clock
-            self.meta = read_meta(self.index_dir, "index", "build_index.py")
-            self.index = open_index(self.index_dir, self.meta, self.device, self.gpu_index)
-            self.index.clock, self._filters = clock, {}
+            meta = read_meta(self.index_dir, "index", "build_index.py")
+            if "model" in vars(self) and meta.get("model_fingerprint") != self.meta.get("model_fingerprint"):
+                raise InputError(f"{self.index_dir}: built anew, from another model: open it again, with that")
+            index = open_index(self.index_dir, meta, self.device, self.gpu_index)
+            index.clock = self.index.clock
+            self.meta, self.index, self._filters = meta, index, {}
             return True
 
     def add(self, ids: Iterable, texts: Iterable[str], metadata: Iterable[dict | None] | None = None) -> int:
@@ -351,6 +356,7 @@ class Searcher:
     def _check_changes(self) -> None:
         if not isinstance(self.index, CompressedIndex):
             raise InputError(f"{self.index_dir}: only a compressed index is changed: build_index.py --method codes")
+        self.reload()  # it may be another by now
 
 
 def best_documents(index, find, queries: Tensor, rows: list[np.ndarray] | None, k: int) -> list[Ranking]:

@@ -263,6 +263,21 @@ def test_an_index_that_is_compacted_before_its_texts_are_opened(built_dir, tmp_p
         calls[0][0].search("red", where="nope = 1")
 
 
+def test_an_index_that_is_built_anew_is_searched_by_its_own_model(colbert, model_dir, tmp_path):
+    folder = tmp_path / "index"
+    searcher = Index.build(folder, model_dir, ["red", "boat"], metadata=[{"year": 1}, {"year": 2}])
+    assert [hit.pid for hit in searcher.search("red", where="year = 1")] == ["0"]
+    old = searcher.index
+    Index.build(folder, model_dir, ["red", "boat", "drum"], metadata=[{"year": 3}, {"year": 1}, None])
+    assert searcher.reload() and searcher._allowed(old, None, True, "year = 1") is not None  # a thread that is late
+    assert [hit.pid for hit in searcher.search("red", where="year = 1")] == ["1"] and searcher.version == 1
+    Index.build(folder, colbert, ["red"])
+    for call in (searcher.reload, lambda: searcher.add(["a"], ["boat"]), lambda: searcher.delete(["0"])):
+        with pytest.raises(InputError, match="built anew, from another model"):
+            call()
+    assert len(Searcher(folder)) == 1
+
+
 def test_passages_are_found_by_their_metadata(built_dir, tmp_path):
     searcher = Searcher(shutil.copytree(built_dir, tmp_path / "index"), device="cpu")
     assert searcher.fields == ["year", "lang", "tags"]
