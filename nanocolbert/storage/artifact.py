@@ -119,11 +119,11 @@ def lock(path, what, flags: int = os.O_RDONLY | os.O_DIRECTORY, wait: bool = Fal
 
 
 @contextlib.contextmanager
-def locked(*args, **options) -> Iterator[None]:
+def locked(*args, **options) -> Iterator[int]:
     """Hold a `lock` while the block runs."""
     descriptor = lock(*args, **options)
     try:
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 
