@@ -15,6 +15,7 @@ in nanocolbert/index/ say how), and rows become ids, texts and metadata. retriev
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +78,10 @@ class Index:
         An index that is there is replaced once the new one is whole.
         Raises InputError for what cannot be indexed; nothing is left then.
         """
+        if passage_words and not (passage_words > 0 and 0 <= overlap < passage_words):
+            raise InputError(
+                f"passages of {passage_words} words, overlap {overlap}: give 1 or more, and an overlap of less"
+            )
         check_output_dir(folder, "index", *([] if isinstance(model, ColBERT) else [model]))
         name = None if isinstance(model, ColBERT) else str(model)
         model = model if name is None else ColBERT.from_pretrained(name)
@@ -156,15 +161,16 @@ class Searcher:
         those whose metadata fulfil it. by_document=True gives the k best documents, each by its best passage.
         Raises InputError where that cannot be.
         """
-        if k < 1:
-            raise InputError(f"k is {k}: ask for at least one passage")
+        if not isinstance(k, Integral) or k < 1:
+            raise InputError(f"k is {k!r}: ask for one passage, or more")
         texts = [queries] if isinstance(queries, str) else queries
         texts = texts if isinstance(texts, Tensor) else check_texts(texts)
         if effort.get("among") is not None and not isinstance(effort["among"], str):
             effort["among"] = list(effort["among"])  # which may be looked at twice
 
         def find(index) -> list[list[Hit]]:
-            return [self._hits(index, *ranking) for ranking in self.rankings(texts, k, index=index, **effort)]
+            most = min(int(k), len(index) or 1)
+            return [self._hits(index, *ranking) for ranking in self.rankings(texts, most, index=index, **effort)]
 
         hits = self._while_it_is_there(find)
         return hits[0] if isinstance(queries, str) else hits

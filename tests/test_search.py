@@ -43,9 +43,10 @@ def test_search_of_one_text_of_several_and_of_none(searcher):
     assert [hit.pid for hit in both[0]] == [hit.pid for hit in hits] and len(both[1]) == 3
     assert searcher.search([]) == [] and len(searcher.search("drum")) == 10 and len(searcher.search("drum", 99)) == 40
     assert len(searcher.search(["drum"] * 70, 1)) == 70  # more than a batch
-    for k in (0, -1):
-        with pytest.raises(InputError, match="ask for at least one passage"):
+    for k in (0, -1, 2.5, "3"):
+        with pytest.raises(InputError, match="ask for one passage, or more"):
             searcher.search("drum", k)
+    assert len(searcher.search("drum", 10**30)) == len(searcher.search("drum", 10**30, by_document=True)) == 40
     with pytest.raises(InputError, match="text 0 is of type int"):
         searcher.search([1])
     with pytest.raises(InputError, match="nprobes says nothing to IVFPQ"):
@@ -195,6 +196,10 @@ def test_an_index_of_a_model_in_memory_has_it_within(colbert, tmp_path):
         (["red", "apple"], {"ids": ["a"]}, "not as many ids, or metadata, as texts"),
         (["red", "apple"], {"ids": ["a", "a"]}, "passage 1: id 'a' a second time"),
         (["red", "apple"], {"ids": ["a", "b c"]}, "ids:1: id 'b c'"),
+        (["red"], {"ids": ["\ud800"]}, "has a control character, or half of one"),
+        (["red"], {"passage_words": -1}, "passages of -1 words"),
+        (["red"], {"passage_words": 5, "overlap": 5}, "overlap 5"),
+        (["red"], {"nlist": -1}, "nlist"),
         (["red"], {"metadata": [[1]]}, "not an object with names"),
         (["red"], {"metadata": [{"x": float("nan")}]}, "not what JSON can hold"),
         (["red"], {"nlist": 100_000}, "nlist"),
