@@ -136,6 +136,15 @@ def is_at(descriptor: int, path) -> bool:
     return False
 
 
+def identity(path) -> tuple[int, ...] | None:
+    """What changes when another file takes the place of one; None where there is none."""
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
 def beside(path, suffix: str) -> Path:
     """The same path with something after its name."""
     path = Path(path)

@@ -5,6 +5,7 @@ this one table, within a time and with values of bounded size, and is no query o
 """
 
 import json
+import os
 import sqlite3
 import string
 import time
@@ -16,6 +17,7 @@ from urllib.parse import quote
 import numpy as np
 
 from nanocolbert.cli import InputError, first_line
+from nanocolbert.storage.artifact import identity
 
 SECONDS = 10.0  # that a filter may take
 LONGEST = 1_000_000  # bytes of an object, or of a filter
@@ -74,18 +76,21 @@ def as_json(value) -> str:
 class Metadata:
     """Metadata of rows; any number of threads may read."""
 
-    def __init__(self, path, is_there: bool):
-        """Open a file, or none. Raises InputError if it is damaged, or gone."""
-        self.path, self.fields = Path(path), []
-        if is_there:
+    def __init__(self, path, seen: tuple[int, ...] | None):
+        """Open a file; seen: its identity, None where there is none. Raises InputError if it is damaged, or gone."""
+        self.path, self.fields, self.seen = Path(path), [], seen
+        if seen:
             self.fields = [name for (name,) in self._read("SELECT name FROM fields")]
 
     def _connect(self) -> sqlite3.Connection:
-        """Raises InputError where the file is gone."""
-        if not self.path.is_file():
-            raise InputError(f"{self.path}: missing: restore it, or make its folder again")
+        """Raises InputError where the file is gone, or another by now."""
         # which never changes: SQLite needs no lock, and writes nothing beside it
-        return sqlite3.connect(f"file:{quote(str(self.path.resolve()))}?mode=ro&immutable=1", uri=True)
+        address = f"file:{quote(os.fsencode(self.path.resolve()))}?mode=ro&immutable=1"
+        connection = sqlite3.connect(address, uri=True)
+        if identity(self.path) != self.seen:
+            connection.close()
+            raise InputError(f"{self.path}: removed, or replaced, since it was opened: open it again")
+        return connection
 
     def _read(self, sql: str, values: Sequence = ()) -> list[tuple]:
         try:

@@ -8,6 +8,7 @@ import pytest
 
 from nanocolbert.cli import InputError
 from nanocolbert.storage import metadata
+from nanocolbert.storage.artifact import identity
 from nanocolbert.storage.metadata import Metadata, MetadataWriter
 
 OBJECTS = [
@@ -23,7 +24,7 @@ def write(path, objects, size: int = 1000) -> Metadata:
     for first in range(0, len(objects), size):
         writer.append(first, objects[first : first + size])
     writer.close()
-    return Metadata(path, path.exists())
+    return Metadata(path, identity(path))
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -127,4 +128,4 @@ def test_a_damaged_file_is_told(tmp_path):
     write(tmp_path / "m", OBJECTS)
     (tmp_path / "m").write_bytes((tmp_path / "m").read_bytes()[:3000])
     with pytest.raises(InputError, match="damaged"):
-        Metadata(tmp_path / "m", True).objects(np.array([0]))
+        Metadata(tmp_path / "m", identity(tmp_path / "m")).objects(np.array([0]))
