@@ -13,8 +13,9 @@ in nanocolbert/index/ say how), and rows become ids, texts and metadata. retriev
 """
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +78,10 @@ class Index:
         An index that is there is replaced once the new one is whole.
         Raises InputError for what cannot be indexed; nothing is left then.
         """
+        if passage_words and not (passage_words > 0 and 0 <= overlap < passage_words):
+            raise InputError(
+                f"passages of {passage_words} words, overlap {overlap}: give 1 or more, and an overlap of less"
+            )
         check_output_dir(folder, "index", *([] if isinstance(model, ColBERT) else [model]))
         name = None if isinstance(model, ColBERT) else str(model)
         model = model if name is None else ColBERT.from_pretrained(name)
@@ -155,13 +160,33 @@ class Searcher:
         those whose metadata fulfil it. by_document=True gives the k best documents, each by its best passage.
         Raises InputError where that cannot be.
         """
-        if k < 1:
-            raise InputError(f"k is {k}: ask for at least one passage")
+        if not isinstance(k, Integral) or k < 1:
+            raise InputError(f"k is {k!r}: ask for one passage, or more")
         texts = [queries] if isinstance(queries, str) else queries
         texts = texts if isinstance(texts, Tensor) else check_texts(texts)
-        index = self.index  # another thread may open a newer one meanwhile
-        hits = [self._hits(index, *ranking) for ranking in self.rankings(texts, k, index=index, **effort)]
+        if effort.get("among") is not None and not isinstance(effort["among"], str):
+            effort["among"] = list(effort["among"])  # which may be looked at twice
+
+        def find(index) -> list[list[Hit]]:
+            most = min(int(k), len(index) or 1)
+            return [self._hits(index, *ranking) for ranking in self.rankings(texts, most, index=index, **effort)]
+
+        hits = self._while_it_is_there(find)
         return hits[0] if isinstance(queries, str) else hits
+
+    def _while_it_is_there(self, call: Callable):
+        """What call(index) gives, of the open index; of a newer one where files of that have been removed meanwhile.
+
+        A thread goes on with the index that it began with, while another opens a newer one. What it has not opened yet,
+        texts and metadata, is gone once the index is compacted, or built anew.
+        """
+        while True:
+            index = self.index
+            try:
+                return call(index)
+            except InputError:
+                if index is self.index and not self.reload():
+                    raise
 
     def _hits(self, index, rows: np.ndarray, scores: np.ndarray) -> list[Hit]:
         """What was found, with its ids, texts and metadata."""
@@ -237,7 +262,7 @@ class Searcher:
 
     def _where(self, index, where: str) -> np.ndarray:
         """The rows of a condition (n,) bool, remembered for the next time."""
-        key = index.version, where
+        key = index, where  # not its version: an index that is built anew begins with 1 again
         fulfil = self._filters.get(key)
         if fulfil is None:
             fulfil = index.where(where)
@@ -260,7 +285,10 @@ class Searcher:
         By the vectors in the index where it keeps them, else each passage is embedded once more.
         Raises InputError for a passage that is not there, or without its text.
         """
-        index, pids = self.index, [str(pid) for pid in pids]
+        pids = [str(pid) for pid in pids]
+        return self._while_it_is_there(lambda index: self._explain(index, query, pids))
+
+    def _explain(self, index, query: str, pids: list[str]) -> list[Explanation]:
         rows = index.rows(pids)
         if (rows < 0).any():
             raise InputError(f"{self.index_dir}: has no passage {pids[int((rows < 0).argmax())]}")
@@ -275,16 +303,19 @@ class Searcher:
     # Other processes may search, or change, the same index meanwhile: changes.py.
 
     def reload(self) -> bool:
-        """Open the index anew if it has been changed since; returns whether it has."""
+        """Open the index anew if it has been changed since; returns whether it has.
+
+        Raises InputError where it was built anew from another model than the one that is open.
+        """
         with self._lock:
             if not isinstance(self.index, CompressedIndex) or self.index.is_current():
                 return False
             meta = read_meta(self.index_dir, "index", "build_index.py")
+            if "model" in vars(self) and meta.get("model_fingerprint") != self.meta.get("model_fingerprint"):
+                raise InputError(f"{self.index_dir}: built anew, from another model: open it again, with that")
             index = open_index(self.index_dir, meta, self.device, self.gpu_index)
-            if meta["model_fingerprint"] != self.meta["model_fingerprint"]:  # built anew
-                self.__dict__.pop("model", None)
             index.clock = self.index.clock
-            self.index, self.meta, self._filters = index, meta, {}
+            self.meta, self.index, self._filters = meta, index, {}
             return True
 
     def add(self, ids: Iterable, texts: Iterable[str], metadata: Iterable[dict | None] | None = None) -> int:
@@ -330,6 +361,7 @@ class Searcher:
     def _check_changes(self) -> None:
         if not isinstance(self.index, CompressedIndex):
             raise InputError(f"{self.index_dir}: only a compressed index is changed: build_index.py --method codes")
+        self.reload()  # it may be another by now
 
 
 def best_documents(index, find, queries: Tensor, rows: list[np.ndarray] | None, k: int) -> list[Ranking]:

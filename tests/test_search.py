@@ -43,9 +43,10 @@ def test_search_of_one_text_of_several_and_of_none(searcher):
     assert [hit.pid for hit in both[0]] == [hit.pid for hit in hits] and len(both[1]) == 3
     assert searcher.search([]) == [] and len(searcher.search("drum")) == 10 and len(searcher.search("drum", 99)) == 40
     assert len(searcher.search(["drum"] * 70, 1)) == 70  # more than a batch
-    for k in (0, -1):
-        with pytest.raises(InputError, match="ask for at least one passage"):
+    for k in (0, -1, 2.5, "3"):
+        with pytest.raises(InputError, match="ask for one passage, or more"):
             searcher.search("drum", k)
+    assert len(searcher.search("drum", 10**30)) == len(searcher.search("drum", 10**30, by_document=True)) == 40
     with pytest.raises(InputError, match="text 0 is of type int"):
         searcher.search([1])
     with pytest.raises(InputError, match="nprobes says nothing to IVFPQ"):
@@ -195,6 +196,10 @@ def test_an_index_of_a_model_in_memory_has_it_within(colbert, tmp_path):
         (["red", "apple"], {"ids": ["a"]}, "not as many ids, or metadata, as texts"),
         (["red", "apple"], {"ids": ["a", "a"]}, "passage 1: id 'a' a second time"),
         (["red", "apple"], {"ids": ["a", "b c"]}, "ids:1: id 'b c'"),
+        (["red"], {"ids": ["\ud800"]}, "has a control character, or half of one"),
+        (["red"], {"passage_words": -1}, "passages of -1 words"),
+        (["red"], {"passage_words": 5, "overlap": 5}, "overlap 5"),
+        (["red"], {"nlist": -1}, "nlist"),
         (["red"], {"metadata": [[1]]}, "not an object with names"),
         (["red"], {"metadata": [{"x": float("nan")}]}, "not what JSON can hold"),
         (["red"], {"nlist": 100_000}, "nlist"),
@@ -217,10 +222,10 @@ def test_an_index_is_not_built_over_something_else(colbert, model_dir, tmp_path)
         Index.build(model_dir.parent, model_dir, ["red"])
 
 
-def test_an_index_that_is_built_anew_is_taken_up(colbert, model_dir, tmp_path):
+def test_an_index_that_is_built_anew_is_taken_up(model_dir, tmp_path):
     folder = tmp_path / "index"
     searcher = Index.build(folder, model_dir, ["red apple"])
-    Index.build(folder, colbert, ["old boat", "drum"])
+    Index.build(folder, model_dir, ["old boat", "drum"])
     assert searcher.reload() and len(searcher.search("boat")) == 2
     before = searcher.search("boat")
     assert [hit.score for hit in Searcher(folder, device="cpu").search("boat")] == [hit.score for hit in before]
@@ -253,6 +258,47 @@ def test_changes_of_an_open_index(built_dir, tmp_path):
         with pytest.raises(InputError, match=message):
             call()
     assert searcher.version == 5 and not searcher.reload() and searcher.search("red") == before
+
+
+def test_an_index_that_is_compacted_before_its_texts_are_opened(built_dir, tmp_path):
+    """By another process: the files that a search had not opened yet are gone."""
+    folder = shutil.copytree(built_dir, tmp_path / "index")
+    changer, calls = Searcher(folder, device="cpu"), []
+    for call in (
+        lambda searcher: {hit.pid: (hit.text, hit.metadata) for hit in searcher.search("red")},
+        lambda searcher: [hit.pid for hit in searcher.search("red", where="year > 2000", among=iter("abc"))],
+        lambda searcher: [found.passage for found in searcher.explain("red", iter("ab"))],
+        lambda searcher: searcher.search("red") and [hit.metadata for hit in searcher.search("boat", among=["b"])],
+    ):
+        late = Searcher(folder, device="cpu")
+        late.model = changer.model
+        if not calls:  # one that has opened the texts, but reads its metadata anew each time
+            late.search("red")
+        calls.append((late, call))
+    changer.compact()
+    for late, call in calls:
+        assert call(late) == call(changer)
+    with pytest.raises(InputError, match="no such column"):
+        calls[0][0].search("red", where="nope = 1")
+
+
+def test_an_index_that_is_built_anew_is_searched_by_its_own_model(colbert, model_dir, tmp_path):
+    folder = tmp_path / "index"
+    searcher = Index.build(folder, model_dir, ["red", "boat"], metadata=[{"year": 1}, {"year": 2}])
+    assert [hit.pid for hit in searcher.search("red", where="year = 1")] == ["0"]
+    old, opened, late = searcher.index, Searcher(folder), Searcher(folder)
+    assert opened.search("boat")[0].metadata
+    Index.build(folder, model_dir, ["red", "boat", "drum"], metadata=[{"year": 3}, {"year": 1}, None])
+    for other in (opened, late):  # rows of the one index have no texts and metadata of the other
+        found = {hit.pid: (hit.text, hit.metadata) for hit in other.search("boat")}
+        assert found == {"0": ("red", {"year": 3}), "1": ("boat", {"year": 1}), "2": ("drum", None)}
+    assert searcher.reload() and searcher.index is not old
+    assert [hit.pid for hit in searcher.search("red", where="year = 1")] == ["1"] and searcher.version == 1
+    Index.build(folder, colbert, ["red"])
+    for call in (searcher.reload, lambda: searcher.add(["a"], ["boat"]), lambda: searcher.delete(["0"])):
+        with pytest.raises(InputError, match="built anew, from another model"):
+            call()
+    assert len(Searcher(folder)) == 1
 
 
 def test_passages_are_found_by_their_metadata(built_dir, tmp_path):

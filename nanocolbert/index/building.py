@@ -72,8 +72,8 @@ def build_codes(
     embeddings = Ragged(source, "f2")
     n_embeddings, pids = len(embeddings.values), Ids(source / "pids.npy", len(embeddings))
     most = min(n_embeddings, MOST_CENTROIDS)
-    if nlist and nlist > most:
-        raise InputError(f"--nlist {nlist}: more than {source} can train: give at most {most}")
+    if nlist and not 0 < nlist <= most:
+        raise InputError(f"--nlist {nlist}: more than {source} can train, or less than 1: give at most {most}")
     nlist = nlist or default_nlist(n_embeddings, MOST_CENTROIDS)
     values, lengths = sample_embeddings(embeddings, sample or nlist * PER_CENTROID, seed)
     check_unit(source, values)

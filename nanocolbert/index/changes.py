@@ -17,7 +17,7 @@ from nanocolbert.cli import InputError, held
 from nanocolbert.index.codec import Codec, Codes
 from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.index.segments import FIRST, SegmentWriter, read_state
-from nanocolbert.storage.artifact import link, locked, write_json
+from nanocolbert.storage.artifact import is_at, link, locked, write_json
 from nanocolbert.storage.checksums import sum_of
 from nanocolbert.storage.documents import document_of
 from nanocolbert.storage.ragged import ranges
@@ -31,18 +31,27 @@ def changing(folder):
     """Give the state of an index to be changed; replaces it when the block ends, unless by an exception.
 
     One process at a time: others wait. What no state names any more, or a killed process has left, is removed.
+    Raises InputError if another index has taken the folder's place meanwhile: that is left as it is.
     """
     folder = Path(folder)
-    with locked(folder / "lock", folder, os.O_RDWR | os.O_CREAT, wait=True):
+    with locked(folder / "lock", folder, os.O_RDWR | os.O_CREAT, wait=True) as lock:
+        _check_is_the_same(folder, lock)
         state = read_state(folder)
         _remove_leftovers(folder, state)
         state["version"] += 1
         try:
             yield state
+            _check_is_the_same(folder, lock)
             write_json(folder / "state.json", state, summed=True)
         finally:
             with held():
-                _remove_leftovers(folder, read_state(folder))
+                if is_at(lock, folder / "lock"):
+                    _remove_leftovers(folder, read_state(folder))
+
+
+def _check_is_the_same(folder: Path, lock: int) -> None:
+    if not is_at(lock, folder / "lock"):
+        raise InputError(f"{folder}: was built anew meanwhile, and is not changed: try again")
 
 
 def _remove_leftovers(folder: Path, state: dict) -> None:

@@ -9,7 +9,6 @@ A query goes through up to four steps, each cheaper and coarser than the next:
  4. exact: the first `n_exact` of these by exact MaxSim, where the index keeps the fp16 vectors (exact.py).
 """
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from nanocolbert.index.kernels.score import FINAL, LANES, nearest_lists, probe, 
 from nanocolbert.index.knobs import Effort, effort_for
 from nanocolbert.index.ranking import Ranking, highest, top
 from nanocolbert.index.segments import BLOCK, Segment, read_state
-from nanocolbert.storage.artifact import read_json
+from nanocolbert.storage.artifact import identity, read_json
 from nanocolbert.storage.texts import metadata_of, texts_of
 
 PASSAGES = 16  # of a document looked for at a time
@@ -43,20 +42,17 @@ class CompressedIndex:
         self.folder, self.device, self.clock = Path(folder), torch.device("cpu"), Clock()
         if not (self.folder / "state.json").is_file():
             raise InputError(f"{folder}: not a compressed index (no state.json): run build_index.py first")
-        self.codec = Codec.load(self.folder)
         while True:
-            self._seen = seen(self.folder)  # before it is read: a change in between is one more to look at
-            self.state, error = read_state(self.folder), None
+            self._seen, error = identity(self.folder / "state.json"), None
             try:
+                self.codec, self.state = Codec.load(self.folder), read_state(self.folder)
                 self._open()
-            except InputError as found:  # replaced since the state was read?
+            except (InputError, FileNotFoundError) as found:  # replaced since the state was read?
                 error = found
-            if not error and all("files" in entry for entry in self.state["segments"]):
+            if self.is_current():
                 break
-            if read_state(self.folder) == self.state:  # what no listing tells of was not removed meanwhile
-                if error:
-                    raise error
-                break
+        if error:
+            raise error
         self._check_meta()
 
     def _open(self) -> None:
@@ -124,8 +120,8 @@ class CompressedIndex:
         return self.state["version"]
 
     def is_current(self) -> bool:
-        """Whether what is open is what lies on disk, or nothing does; cheap."""
-        return seen(self.folder) in (self._seen, None)
+        """Whether what is open is what lies on disk, or nothing does, as while an index is replaced; cheap."""
+        return identity(self.folder / "state.json") in (self._seen, None)
 
     @property
     def fields(self) -> list[str]:
@@ -273,12 +269,3 @@ class CompressedIndex:
             part = slice(*np.searchsorted(rows, [segment.first_row, segment.first_row + len(segment)]))
             if part.start < part.stop:
                 yield segment, part
-
-
-def seen(folder: Path) -> tuple[int, ...] | None:
-    """What changes whenever state.json is replaced; None while there is none, as while an index is replaced."""
-    try:
-        found = os.stat(folder / "state.json")
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size

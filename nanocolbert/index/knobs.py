@@ -1,5 +1,6 @@
 """What can be asked of an index: how small, and how hard to look."""
 
+from numbers import Integral
 from typing import NamedTuple
 
 from nanocolbert.cli import InputError
@@ -56,7 +57,7 @@ def check_knobs(kind: str, known: type, quality: str, knobs: dict[str, int]) -> 
     for name, value in knobs.items():
         if name not in known._fields:
             raise InputError(f"{name} says nothing to {kind}: give {', '.join(known._fields)}")
-        if value < 1:
-            raise InputError(f"{name} is {value}: give at least 1")
+        if not isinstance(value, Integral) or value < 1:
+            raise InputError(f"{name} is {value!r}: give a whole number, at least 1")
     if quality not in QUALITY:
         raise InputError(f"quality {quality!r}: give {', '.join(QUALITY)}")

@@ -128,10 +128,9 @@ class Segment:
         self.alive = np.ones(n, bool)  # (n,), not to be written to
         if entry["alive"]:
             self.alive = load_npy(self.folder / entry["alive"], "b1", (n,), mmap=False)
-        has = entry["files"].__contains__ if "files" in entry else lambda name: (self.folder / name).is_file()
-        self.texts = Texts.of(self.folder, n)
-        self.vectors = None
-        if has("vectors.npy"):
+        listed = entry.get("files")
+        self.texts, self.vectors = Texts.of(self.folder, n, listed), None
+        if "vectors.npy" in listed if listed is not None else (self.folder / "vectors.npy").is_file():
             offsets = np.append(0, self.sizes.sum(1, dtype=np.int64).cumsum())
             self.vectors = Ragged.of(self._load("vectors", "f2", int(offsets[-1]), codec.dim), offsets)
 

@@ -170,7 +170,8 @@ def add_errors(app: FastAPI, folder) -> None:
 
     @app.exception_handler(InputError)
     async def mistaken(_, error: InputError):
-        return answer(422, str(error).removeprefix(f"{folder}: "))  # which is nobody's business
+        line = str(error).removeprefix(f"{folder}: ")
+        return answer(422, line.replace(str(folder), "the index") if str(folder) else line)  # nobody's business
 
     @app.exception_handler(OSError)
     async def refused_by_the_system(_, error: OSError):

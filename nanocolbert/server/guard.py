@@ -74,6 +74,8 @@ class Guard:
         host = host_of(headers.get(b"host", b"").decode("latin-1"))
         if host not in self.hosts and "*" not in self.hosts:
             raise Refused(400, f"host {host[:100]!r} is not served: start the server with --allowed_hosts to permit it")
+        if not scope["path"].isprintable():  # "/add\n" would be taken for /add behind us
+            raise Refused(400, "the path has a control character")
         if scope["path"] in self.changes:
             self.check_token(headers.get(b"authorization", b""))
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()

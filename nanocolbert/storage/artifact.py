@@ -119,11 +119,11 @@ def lock(path, what, flags: int = os.O_RDONLY | os.O_DIRECTORY, wait: bool = Fal
 
 
 @contextlib.contextmanager
-def locked(*args, **options) -> Iterator[None]:
+def locked(*args, **options) -> Iterator[int]:
     """Hold a `lock` while the block runs."""
     descriptor = lock(*args, **options)
     try:
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 
@@ -134,6 +134,15 @@ def is_at(descriptor: int, path) -> bool:
         found, opened = os.lstat(path), os.fstat(descriptor)
         return (found.st_dev, found.st_ino) == (opened.st_dev, opened.st_ino)
     return False
+
+
+def identity(path) -> tuple[int, ...] | None:
+    """What changes when another file takes the place of one; None where there is none."""
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def beside(path, suffix: str) -> Path:

@@ -5,7 +5,9 @@ this one table, within a time and with values of bounded size, and is no query o
 """
 
 import json
+import os
 import sqlite3
+import string
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -15,12 +17,15 @@ from urllib.parse import quote
 import numpy as np
 
 from nanocolbert.cli import InputError, first_line
+from nanocolbert.storage.artifact import identity
 
 SECONDS = 10.0  # that a filter may take
-LONGEST = 1_000_000  # bytes of a value, or of a filter
-MOST_FIELDS = 500
+LONGEST = 1_000_000  # bytes of an object, or of a filter
+MOST_FIELDS, LONGEST_NAME = 500, 200  # that a filter can name; in letters
+ROW = '"""row"""'  # our own column's name in a filter: no field has one with quotes
 STEPS = 100_000  # of SQLite's machine between two looks at the clock
 OWN_SELECTS = 2  # in the query that a condition becomes a part of
+LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
 
 
@@ -57,29 +62,35 @@ class MetadataWriter:
 def as_json(value) -> str:
     """An object as JSON. Raises InputError unless it is one, of what JSON can hold."""
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise InputError(f"metadata {str(value)[:40]!r}: not an object with names: give a dict, or None")
+        raise InputError(f"metadata of type {type(value).__name__}: not an object with names: give a dict, or None")
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        text.encode()
+        size = len(text.encode())
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"metadata {str(value)[:40]!r}: not what JSON can hold ({first_line(error)})") from None
-    if len(text) > LONGEST:
-        raise InputError(f"metadata of {len(text)} letters: at most {LONGEST}")
+        raise InputError(f"metadata: not what JSON can hold ({first_line(error)}): convert it") from None
+    if size > LONGEST:
+        raise InputError(f"metadata of {size} bytes: at most {LONGEST} can be kept: shorten it")
     return text
 
 
 class Metadata:
     """Metadata of rows; any number of threads may read."""
 
-    def __init__(self, path):
-        """Open a file, or none. Raises InputError if it is damaged."""
-        self.path, self.fields = Path(path), []
-        if self.path.is_file():
+    def __init__(self, path, seen: tuple[int, ...] | None):
+        """Open a file; seen: its identity, None where there is none. Raises InputError if it is damaged, or gone."""
+        self.path, self.fields, self.seen = Path(path), [], seen
+        if seen:
             self.fields = [name for (name,) in self._read("SELECT name FROM fields")]
 
     def _connect(self) -> sqlite3.Connection:
+        """Raises InputError where the file is gone, or another by now."""
         # which never changes: SQLite needs no lock, and writes nothing beside it
-        return sqlite3.connect(f"file:{quote(str(self.path.resolve()))}?mode=ro&immutable=1", uri=True)
+        address = f"file:{quote(os.fsencode(self.path.resolve()))}?mode=ro&immutable=1"
+        connection = sqlite3.connect(address, uri=True)
+        if identity(self.path) != self.seen:
+            connection.close()
+            raise InputError(f"{self.path}: removed, or replaced, since it was opened: open it again")
+        return connection
 
     def _read(self, sql: str, values: Sequence = ()) -> list[tuple]:
         try:
@@ -106,12 +117,13 @@ class Metadata:
         """
         if not self.fields:
             return np.zeros(0, np.int64)
-        columns = ",".join(f"json_extract(json, {path_of(name)}) AS {named(name)}" for name in columns_of(fields))
+        columns = [f'json_extract(json, {path_of(name)}) AS "{name}"' for name in columns_of(fields)]
+        own = ", ".join([f"row AS {ROW}", *columns])
         guard = Guard()
         try:
             with closing(self._connect()) as connection:
                 guard.watch(connection)
-                asked = f"SELECT row FROM (SELECT row, {columns} FROM passages) WHERE ({condition}\n)"
+                asked = f"SELECT {ROW} FROM (SELECT {own} FROM passages) WHERE ({condition}\n)"
                 rows = [row for (row,) in connection.execute(asked)]
         except (sqlite3.Error, sqlite3.Warning, ValueError) as error:  # a zero byte, half a character
             found = f"takes more than {SECONDS:g} seconds" if guard.is_late else first_line(error)
@@ -130,7 +142,7 @@ class Guard:
 
     def watch(self, connection: sqlite3.Connection) -> None:
         for limit in (sqlite3.SQLITE_LIMIT_LENGTH, sqlite3.SQLITE_LIMIT_SQL_LENGTH):
-            connection.setlimit(limit, LONGEST)
+            connection.setlimit(limit, LONGEST + 1000)  # of a row, of which an object is a part
         connection.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 1000)
         connection.set_progress_handler(self.look, STEPS)
         connection.set_authorizer(self.allow)
@@ -148,17 +160,14 @@ class Guard:
 
 
 def columns_of(fields: list[str]) -> list[str]:
-    """Fields that a condition can name: SQL takes upper and lower case for one, and our own names come first."""
-    found = {"row": None, "json": None}
-    for name in fields:
-        found.setdefault(name.lower(), name)
-    return [name for name in found.values() if name and '"' not in name and "\0" not in name][:MOST_FIELDS]
-
-
-def named(name: str) -> str:
-    return '"' + name + '"'
+    """Fields that a condition can name: SQL takes upper and lower case of ASCII for one; the first of such is found."""
+    usable = (name for name in fields if name and '"' not in name and "\0" not in name and len(name) <= LONGEST_NAME)
+    found = {}
+    for name in usable:
+        found.setdefault(name.translate(LOWER), name)
+    return [*found.values()][:MOST_FIELDS]
 
 
 def path_of(name: str) -> str:
-    """A field of a JSON object, as SQLite names it."""
-    return "'$.\"" + name.replace("'", "''") + "\"'"
+    """A field of a JSON object, as SQLite names it: as it is spelled there."""
+    return "'$." + json.dumps(name, ensure_ascii=False).replace("'", "''") + "'"

@@ -247,12 +247,13 @@ class Ids:
     def rows(self, ids: list[str]) -> np.ndarray:
         """Row of each id (n,) int64, -1 where there is none."""
         order = self.order()
-        encoded = [identifier.encode() for identifier in ids]
+        encoded = [identifier.encode(errors="surrogatepass") for identifier in ids]  # half a character is in no id
         if not len(order) or not len(encoded):
             return np.full(len(encoded), -1)
         if self.ids.dtype.kind == "i":
             wanted = np.array([int(identifier) if is_number(identifier) else -1 for identifier in encoded])
         else:
-            wanted = np.array(encoded)
+            width = self.ids.dtype.itemsize  # and zero bytes at the end would be as good as none
+            wanted = np.array([b"" if len(one) > width or one.endswith(b"\0") else one for one in encoded])
         found = order[np.minimum(np.searchsorted(self.ids, wanted, sorter=order), len(order) - 1)]
         return np.where(self.ids[found] == wanted, found, -1)

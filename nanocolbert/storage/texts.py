@@ -3,18 +3,18 @@
 A folder texts/: a ragged array of UTF-8 bytes, memory-mapped; where there is metadata, metadata.sqlite beside it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from nanocolbert.cli import InputError
-from nanocolbert.storage.artifact import link
+from nanocolbert.storage.artifact import identity, link
 from nanocolbert.storage.metadata import Metadata, MetadataWriter
 from nanocolbert.storage.ragged import Ragged, RaggedWriter
 
-FOLDER, METADATA = "texts", "metadata.sqlite"
+FOLDER, OFFSETS, METADATA = "texts", "offsets.npy", "metadata.sqlite"
 
 
 class TextWriter:
@@ -40,26 +40,36 @@ class TextWriter:
 class Texts:
     """The texts of an artifact's n passages, and their metadata; opened when they are first asked for."""
 
-    def __init__(self, folder, n: int):
+    def __init__(self, folder, n: int, has_metadata: bool):
         self.folder, self.n = Path(folder), n
+        self.seen = identity(self.folder / OFFSETS)
+        self.metadata_seen = identity(self.folder / METADATA) if has_metadata else None
 
     @cached_property
     def bytes(self) -> Ragged:
-        """Raises InputError where they are not those of n passages."""
+        """Raises InputError where they are not those of n passages, or others by now."""
         found = Ragged(self.folder, "u1")
+        if identity(self.folder / OFFSETS) != self.seen:
+            raise InputError(f"{self.folder}: replaced since it was opened: open it again")
         if len(found) != self.n:
             raise InputError(f"{self.folder}: {len(found)} texts of {self.n} passages: restore it, or make it again")
         return found
 
     @cached_property
     def metadata(self) -> Metadata:
-        return Metadata(self.folder / METADATA)
+        return Metadata(self.folder / METADATA, self.metadata_seen)
 
     @classmethod
-    def of(cls, folder, n: int) -> "Texts | None":
-        """Those of an artifact in `folder`; None where it keeps none."""
+    def of(cls, folder, n: int, listed: Container[str] | None = None) -> "Texts | None":
+        """Those of an artifact in `folder`; None where it keeps none.
+
+        listed: the artifact's files, where others may remove them meanwhile: what is gone is not what never was.
+        """
         folder = Path(folder) / FOLDER
-        return cls(folder, n) if folder.is_dir() else None
+        if listed is None:
+            return cls(folder, n, (folder / METADATA).is_file()) if folder.is_dir() else None
+        has = {name: f"{FOLDER}/{name}" in listed for name in (OFFSETS, METADATA)}
+        return cls(folder, n, has[METADATA]) if has[OFFSETS] else None
 
     def __getitem__(self, row: int) -> str:
         try:

@@ -19,7 +19,7 @@ from nanocolbert.storage.artifact import check_file
 
 BLOCK = 1 << 22  # bytes looked through at a time
 TOLD = 1000  # lines between two words of how far a reader has come
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # and halves of characters
 PASSAGE_IDS = (  # what ids of passages are called
     *("_id", "id", "pid", "docid", "doc_id", "docno", "did", "passage_id", "passageid", "corpus-id"),
 )
@@ -96,7 +96,9 @@ def check_id(path, number: int, identifier: str) -> None:
     if not identifier or len(identifier.split()) != 1 or identifier.strip() != identifier:
         raise InputError(f"{path}:{number}: id {identifier!r} is empty or has white space: give ids without")
     if CONTROL.search(identifier):
-        raise InputError(f"{path}:{number}: id {identifier!r} has a control character: give ids without")
+        raise InputError(
+            f"{path}:{number}: id {identifier!r} has a control character, or half of one: give ids without"
+        )
     if len(identifier.encode()) > 256:
         raise InputError(f"{path}:{number}: id of {len(identifier.encode())} bytes, at most 256 can be stored")
 

@@ -25,7 +25,7 @@ from made import (
 )
 
 from nanocolbert.cli import InputError
-from nanocolbert.index.changes import add, compact, delete
+from nanocolbert.index.changes import add, changing, compact, delete
 from nanocolbert.index.codec import Codec
 from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.index.knobs import effort_for
@@ -104,6 +104,18 @@ def test_a_planted_lock_is_not_followed(codec, tmp_path):
     with pytest.raises(InputError, match="a symbolic link, which is not followed"):
         compact(folder)
     assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_an_index_that_is_built_anew_meanwhile_is_left_as_it_is(codec, tmp_path):
+    folder = make_index(tmp_path / "index", codec, block(20, 2))
+    another = make_index(tmp_path / "another", codec, block(30, 3))
+    (another / "segments/of another process").mkdir()  # which is adding to it
+    with pytest.raises(InputError, match="was built anew meanwhile"), changing(folder) as state:
+        folder.rename(tmp_path / "retired")
+        another.rename(folder)
+        state["segments"] = []
+    assert len(CompressedIndex(folder)) == 30 and (folder / "segments/of another process").is_dir()
+    assert delete(folder, ["3-1"]) == 1 and not (folder / "segments/of another process").exists()
 
 
 def test_damaged_codes_are_not_compacted(codec, tmp_path):

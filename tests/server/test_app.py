@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 
@@ -13,6 +14,7 @@ pytest.importorskip("fastapi", reason="serve.py's packages are optional: pip ins
 import httpx
 from toy_searcher import CHANGES, ToySearcher, serving
 
+from nanocolbert.cli import InputError
 from nanocolbert.server import guard
 
 PASSAGES = {"1": "red apple", "2": "blue <b>boat</b>", "3": 'red "boat"', "4": "drum"}
@@ -90,7 +92,7 @@ def test_health(client):
     assert expected.items() <= told.items() and told["uptime"] >= 0
 
 
-def test_changes():
+def test_changes(monkeypatch):
     searcher = ToySearcher(PASSAGES)
     with serving(searcher) as client:
         new = {"ids": [8, "9"], "texts": ["green", "grey"], "metadata": [{"a": 1}, None]}
@@ -103,6 +105,11 @@ def test_changes():
         gone = client.post("/delete", json={"ids": ["8", "9"]}, headers=CHANGES)
         assert gone.json() == {"changed": 2, "passages": 4, "version": 4}
         assert "no passage 8" in error_of(client.post("/delete", json={"ids": ["8"]}, headers=CHANGES), 422)
+        with monkeypatch.context() as patch:
+            found = InputError("passage 0: /home/me/index has a passage 8 already")
+            patch.setattr(searcher, "add", mock.Mock(side_effect=found))
+            told = error_of(client.post("/add", json=new, headers=CHANGES), 422)
+            assert told == "passage 0: the index has a passage 8 already"
         short = {"ids": ["8", "9"], "texts": ["black"]}
         assert "2 ids, but 1 texts" in error_of(client.post("/add", json=short, headers=CHANGES), 422)
 
@@ -158,6 +165,9 @@ def test_changes_need_the_token(client, searcher, path):
     assert "application/json" in error_of(client.post(path, content="ids=1", headers=CHANGES), 415)
     with serving(ToySearcher(PASSAGES), token=None) as closed:
         assert "--writable" in error_of(closed.post(path, json=body, headers=CHANGES), 403)
+        for end in ("%0A", "%0a%0D", "%00"):  # the routes' own patterns take /add\n for /add
+            assert "control character" in error_of(closed.post(f"{path}{end}", json=body), 400)
+        assert closed.get("/health").json()["version"] == 1
 
 
 def test_pages_elsewhere_cannot_ask(client):

@@ -1,5 +1,6 @@
 """Metadata: what is written is read, conditions find rows, and a stranger's condition does nothing else."""
 
+import functools
 import random
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from nanocolbert.cli import InputError
 from nanocolbert.storage import metadata
+from nanocolbert.storage.artifact import identity
 from nanocolbert.storage.metadata import Metadata, MetadataWriter
 
 OBJECTS = [
@@ -22,7 +24,7 @@ def write(path, objects, size: int = 1000) -> Metadata:
     for first in range(0, len(objects), size):
         writer.append(first, objects[first : first + size])
     writer.close()
-    return Metadata(path)
+    return Metadata(path, identity(path))
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -57,6 +59,24 @@ def test_without_metadata_there_is_no_file(tmp_path):
 def test_conditions(tmp_path, condition, rows):
     found = write(tmp_path / "m", OBJECTS)
     assert found.where(condition, [*found.fields, "other"]).tolist() == rows
+
+
+def test_fields_whatever_they_are_called(tmp_path):
+    names = ["a.b", "a\\b", "a\nb", "a'b", "é", "É", "row", "json", "rowid", "select", "x[0]", "\u2028"]
+    found = write(tmp_path / "m", [{name: n for n, name in enumerate(names)}, {"row": -1}, {"long" * 200_000: 1}])
+    for n, name in enumerate(names):
+        assert found.where(f'"{name}" = {n}', found.fields).tolist() == [0], name
+    assert found.where("row < 0", found.fields).tolist() == [1]
+    odd = write(tmp_path / "odd", [{'"': 1}, {"": 1}])  # which no condition can name
+    assert odd.where("1", odd.fields).tolist() == [0, 1]
+
+
+def test_the_largest_object_can_be_filtered(tmp_path):
+    largest = {"x": "é" * (metadata.LONGEST // 2 - 5)}
+    found = write(tmp_path / "m", [largest])
+    assert found.where("x LIKE 'éé%'", found.fields).tolist() == [0] and found.objects(np.arange(1)) == [largest]
+    with pytest.raises(InputError, match="1000001 bytes: at most 1000000"):
+        write(tmp_path / "more", [{"x": largest["x"] + "é"}])
 
 
 @pytest.mark.parametrize(
@@ -95,7 +115,10 @@ def test_a_condition_has_an_end(tmp_path, monkeypatch):
         found.where("text LIKE '%a%a%a%b'", found.fields)
 
 
-@pytest.mark.parametrize("value", [[1], "x", {1: 2}, {"x": float("nan")}, {"x": object()}, {"x": "\ud800"}])
+DEEP = functools.reduce(lambda inner, _: {"x": inner}, range(100_000), 1)
+
+
+@pytest.mark.parametrize("value", [[1], "x", {1: 2}, {"x": float("nan")}, {"x": object()}, {"x": "\ud800"}, DEEP])
 def test_what_is_no_json_object_is_refused(tmp_path, value):
     with pytest.raises(InputError, match="metadata"):
         MetadataWriter(tmp_path / "m").append(0, [value])
@@ -105,4 +128,4 @@ def test_a_damaged_file_is_told(tmp_path):
     write(tmp_path / "m", OBJECTS)
     (tmp_path / "m").write_bytes((tmp_path / "m").read_bytes()[:3000])
     with pytest.raises(InputError, match="damaged"):
-        Metadata(tmp_path / "m").objects(np.array([0]))
+        Metadata(tmp_path / "m", identity(tmp_path / "m")).objects(np.array([0]))

@@ -121,6 +121,7 @@ def test_ids_both_ways(tmp_path, ids, kind):
     assert stored.text(np.arange(len(ids))) == ids and stored.text(np.arange(len(ids))[::-1]) == ids[::-1]
     assert stored.rows(ids[::-1]).tolist() == list(range(len(ids)))[::-1]
     unknown = ["nope", "8", "00", "0007", "", "-5", "d", "d11", "99999999999999999999", "é日", "a much longer id"]
+    unknown += [f"{identifier}\0" for identifier in ids] + ["\ud800"]
     assert stored.rows(unknown).tolist() == [-1] * len(unknown)
     assert stored.rows([]).tolist() == [] and stored.duplicate() is None
 
