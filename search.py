@@ -285,7 +285,7 @@ class Searcher:
         By the vectors in the index where it keeps them, else each passage is embedded once more.
         Raises InputError for a passage that is not there, or without its text.
         """
-        pids = [str(pid) for pid in pids]
+        pids = [pids] if isinstance(pids, str) else [str(pid) for pid in pids]
         return self._while_it_is_there(lambda index: self._explain(index, query, pids))
 
     def _explain(self, index, query: str, pids: list[str]) -> list[Explanation]:

@@ -33,7 +33,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from nanocolbert.cli import InputError, catch_signals, cores, count, held, maxlen, positive, run_stage
+from nanocolbert.cli import InputError, catch_signals, cores, count, held, maxlen, positive, run_stage, say
 
 if __name__ == "__main__":  # before the imports that take a second
     catch_signals()
@@ -48,7 +48,7 @@ from nanocolbert.storage.text_rows import TextRows, hash_texts
 from nanocolbert.storage.texts import FOLDER as TEXTS
 from nanocolbert.storage.texts import TextWriter
 from nanocolbert.storage.tsv import batched, open_bytes, read_lines, read_rows
-from nanocolbert.text import own_backend, prepare_texts, tokenize, tokenizer_fingerprint
+from nanocolbert.text import FRAME, own_backend, prepare_texts, tokenize, tokenizer_fingerprint
 
 CHUNK = 2000  # texts handed to a worker at a time
 GUESSED = 100  # lines of triples looked at to tell ids from texts
@@ -58,9 +58,11 @@ TRIPLE_HEADERS = ("query", "anchor", "question", "positive", "negative", "pos", 
 class TokenWriter:
     """Tokenises texts on all workers and writes them, in order, as one ragged array."""
 
-    def __init__(self, folder, pool: Executor, n_ahead: int, dtype, kind: str):
+    def __init__(self, folder, pool: Executor, n_ahead: int, dtype, kind: str, most: int):
+        """most: word pieces of a text; n_full counts those that have as many, so may have been cut."""
         self.writer, self.pool, self.kind, self.pending = RaggedWriter(folder, dtype), pool, kind, collections.deque()
-        self.n_texts, self.n_ahead = 0, n_ahead
+        self.most = most
+        self.n_texts, self.n_ahead, self.n_full = 0, n_ahead, 0
 
     def append(self, texts: list[str]) -> None:
         self.n_texts += len(texts)
@@ -72,7 +74,9 @@ class TokenWriter:
             self._write_one()
 
     def _write_one(self) -> None:
-        self.writer.append(*self.pending.popleft().result())
+        values, lengths = self.pending.popleft().result()
+        self.n_full += int((lengths == self.most).sum())
+        self.writer.append(values, lengths)
 
     def close(self) -> None:
         while self.pending:
@@ -324,7 +328,7 @@ def main(args):
         start_workers(args.workers, tokenizer.backend_tokenizer.to_str(), maxlen, texts, dtype) as pool,
     ):
         writers = {
-            kind: TokenWriter(folder / name, pool, 2 * args.workers + 2, dtype, kind)
+            kind: TokenWriter(folder / name, pool, 2 * args.workers + 2, dtype, kind, maxlen[kind] - FRAME)
             for kind, name in (("passage", "passages"), ("query", "queries"))
         }
         counts = convert(args, folder, triples_format, writers)
@@ -343,6 +347,11 @@ def main(args):
         }
         meta = write_meta(
             folder, "tokens", fingerprint(facts["tokenizer_fingerprint"], *arrays), started, args, **facts
+        )
+    if n_full := writers["passage"].n_full:
+        say(
+            f"note: {n_full} of {counts['passages']} passages fill the {maxlen['passage']} tokens that are taken; what "
+            "may follow in them is not searched: cut long ones by --passage_words"
         )
     return {"output_dir": str(args.output_dir), "seconds": meta["seconds"], "bytes": meta["bytes"], **counts}
 

@@ -43,6 +43,8 @@ def passages_of(texts: Iterable[str], ids=None, metadata=None, cut: dict | None 
     """
     if isinstance(texts, str):
         raise InputError(f"one text, {texts[:40]!r}, where a list of texts is wanted: put it into a list")
+    if isinstance(ids, str) or isinstance(metadata, dict):
+        raise InputError("one id, or one object of metadata, where a list of them is wanted: put it into a list")
     given = [column for column in (texts, ids, metadata) if column is not None]
     try:
         for n, (text, *others) in enumerate(zip(*given, strict=True)):
@@ -109,7 +111,7 @@ def add(folder, model, read: Callable, look: bool = True, replace: bool = False,
             there = index.rows([passage.pid for passage in block]) >= 0
             if there.any() and not replace:
                 place, pid, *_ = block[int(there.argmax())]
-                raise InputError(f"{place}: {folder} has a passage {pid} already: delete it first, or leave it out")
+                raise InputError(f"{place}: {folder} has a passage {pid} already: delete it first, replace it, or leave it out")
             if model.config.doc_maxlen >= LONGEST:
                 places, pids, texts, _ = map(list, zip(*block, strict=True))
                 check_counts(model, places, pids, model.tokenize(texts, "passage"))

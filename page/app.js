@@ -64,6 +64,7 @@ async function search() {
     const status = () => {
       const took = Object.entries(ms).map(([step, ms]) => `${step} ${ms.toFixed(1)}`);
       const total = (performance.now() - started).toFixed(0);
+      if (!hits.length && body.where) return "0 hits: no passage fulfils the filter";
       return `${hits.length} ${hits.length === 1 ? "hit" : "hits"} in ${total} ms (${took.join(" · ")})`;
     };
     if (mine !== asking) return;
@@ -371,7 +372,9 @@ async function about() {
     const button = make("button", "", name);
     button.type = "button";
     button.addEventListener("click", () => {
-      $("where").value = `${$("where").value.trimEnd()} ${name} `.trimStart();
+      const before = $("where").value.trimEnd();
+      const joint = before && !/(\b(and|or|not)|\()$/i.test(before) ? " AND " : " ";
+      $("where").value = `${before}${joint}${name} `.trimStart();
       $("where").focus();
     });
     $("fields").append(button);

@@ -5,7 +5,7 @@
 #   OUT         folder for tokens/, embeddings/ and index/ (default: experiments/NAME of the repository, from NAME.csv)
 # What is done is skipped, what was interrupted goes on, what another COLLECTION or MODEL concerns is made again.
 # Vectors are kept beside their codes, for the best ranking: 36 KB a paragraph. Variables give stages more arguments:
-#   TOKENS="--passage_words 200 --overlap 40"   tsv2mmap.py's: long documents are cut into passages
+#   TOKENS="--passage_words 120 --overlap 20"   tsv2mmap.py's: long documents are cut into passages
 #   EMBEDDINGS="--bits 4" INDEX=""              doc2embedding.py's, build_index.py's: codes alone, 8 KB a paragraph
 set -euo pipefail
 if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then sed -n '2,9s/^# //p' "$0"; exit; fi
@@ -18,6 +18,9 @@ case $OUT in '' | /*) ;; *) OUT=$from/$OUT ;; esac
 LAUNCH=(python) INDEX=(${INDEX---keep_vectors})
 source "$(dirname -- "$0")/setup.sh"
 model_or_demo "$MODEL"
+# before anything is made again: what is there may be whole
+[ ! -d "$MODEL" ] || [ -e "$MODEL/config.json" ] || [ -e "$MODEL/modules.json" ] || [ -e "$MODEL/artifact.metadata" ] ||
+    fail "$MODEL: no model in it (config.json): give its folder$([ ! -e "$MODEL/model" ] || echo ", $MODEL/model?")"
 if [ -z "$OUT" ]; then  # the name may be that of another collection
     name=$(basename -- "${COLLECTION%.gz}")
     OUT=experiments/${name%.*}

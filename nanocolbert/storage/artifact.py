@@ -348,7 +348,9 @@ def read_meta(folder, kind: str, made_by: str, *or_kind: str, check: bool = Fals
     """
     path = Path(folder) / "meta.json"
     if not path.is_file():
-        raise InputError(f"{folder}: not a finished {kind} folder (no meta.json): run {made_by} first")
+        inside = Path(folder) / kind
+        hint = f"did you mean {inside}?" if (inside / "meta.json").is_file() else f"run {made_by} first"
+        raise InputError(f"{folder}: not a finished {kind} folder (no meta.json): {hint}")
     meta = read_json(path, f"remove {folder} and run {made_by} again")
     if not isinstance(meta, dict) or meta.get("kind") not in (kind, *or_kind):
         found = meta.get("kind") if isinstance(meta, dict) else type(meta).__name__
