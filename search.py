@@ -334,6 +334,8 @@ class Searcher:
         self._check_changes()
         cut = self.meta.get("documents")
         passages = list(indexing.passages_of(texts, ids, metadata, cut))
+        if not self.index.keeps_texts and any(passage.metadata for passage in passages):
+            raise InputError(f"{self.index_dir}: keeps no texts, and no metadata: leave that out, or make it again")
         with self._lock:
             model = self.model
         n = indexing.add(self.index_dir, model, lambda: passages, replace=replace, of_documents=bool(cut))

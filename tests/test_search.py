@@ -95,6 +95,8 @@ def test_an_index_without_texts(codes_dir, embedding_dir, model_dir, tmp_path):
     shutil.rmtree(index / "segments/1/texts")
     searcher = Searcher(index, model_dir, "cpu")
     searcher.add(["new"], ["red apple red apple"])
+    with pytest.raises(InputError, match="keeps no texts, and no metadata"):
+        searcher.add(["other"], ["red"], [{"year": 1}])
     hits = searcher.search("red apple", k=100)
     assert len(hits) == 41 and {hit.text for hit in hits} == {None} == {hit.metadata for hit in hits}
     with pytest.raises(InputError, match="keeps no texts"):
@@ -369,6 +371,9 @@ def test_documents_are_cut_changed_and_deleted_as_a_whole(colbert, tmp_path):
         searcher.add(["a#2"], ["A boat."])
     with pytest.raises(InputError, match="has no passage x#2"):
         searcher.delete(["z", "x#2"])
+    searcher.delete(["z#1"])
+    with pytest.raises(InputError, match="has passages of z already"):
+        searcher.add(["z"], ["A boat."])
     n = len(searcher)
     assert searcher.delete(["z", "x#1"]) == n - 1 and len(searcher) == 1
 

@@ -104,8 +104,12 @@ def add(folder, blocks: Iterable, check: Callable = lambda index: None, replace=
                     raise InputError(f"{folder}: has a passage {pid} already: delete it first, replace it, or leave it out")
                 taken.add(pid)
             replaced.append(rows[rows >= 0])
-            if replace and of_documents:
-                replaced.append(index.passage_rows(list({*map(document_of, pids)}))[0])
+            if of_documents:
+                documents = list({*map(document_of, pids)})
+                parts, whose = index.passage_rows(documents)
+                if len(parts) and not replace:  # whose first passages were deleted
+                    raise InputError(f"{folder}: has passages of {documents[whose[0]]} already: delete it first")
+                replaced.append(parts)
             writer.append(index.codec.encode(values, lengths), pids, values, *contents)
         files = writer.close()
         _mark(state, index, np.unique(np.concatenate([np.zeros(0, np.int64), *replaced])))
