@@ -111,7 +111,9 @@ def add(folder, model, read: Callable, look: bool = True, replace: bool = False,
             there = index.rows([passage.pid for passage in block]) >= 0
             if there.any() and not replace:
                 place, pid, *_ = block[int(there.argmax())]
-                raise InputError(f"{place}: {folder} has a passage {pid} already: delete it first, replace it, or leave it out")
+                raise InputError(
+                    f"{place}: {folder} has a passage {pid} already: delete it first, replace it, or leave it out"
+                )
             if model.config.doc_maxlen >= LONGEST:
                 places, pids, texts, _ = map(list, zip(*block, strict=True))
                 check_counts(model, places, pids, model.tokenize(texts, "passage"))

@@ -101,7 +101,9 @@ def add(folder, blocks: Iterable, check: Callable = lambda index: None, replace=
             rows = index.rows(pids)
             for pid, row in zip(pids, rows.tolist(), strict=True):
                 if pid in taken or (row >= 0 and not replace):
-                    raise InputError(f"{folder}: has a passage {pid} already: delete it first, replace it, or leave it out")
+                    raise InputError(
+                        f"{folder}: has a passage {pid} already: delete it first, replace it, or leave it out"
+                    )
                 taken.add(pid)
             replaced.append(rows[rows >= 0])
             if of_documents:
