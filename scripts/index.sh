@@ -18,9 +18,8 @@ case $OUT in '' | /*) ;; *) OUT=$from/$OUT ;; esac
 LAUNCH=(python) INDEX=(${INDEX---keep_vectors})
 source "$(dirname -- "$0")/setup.sh"
 model_or_demo "$MODEL"
-# before anything is made again: what is there may be whole
-[ ! -d "$MODEL" ] || [ -e "$MODEL/config.json" ] || [ -e "$MODEL/modules.json" ] || [ -e "$MODEL/artifact.metadata" ] ||
-    fail "$MODEL: no model in it (config.json): give its folder$([ ! -e "$MODEL/model" ] || echo ", $MODEL/model?")"
+[ -e "$MODEL/config.json" ] || [ ! -e "$MODEL/model/config.json" ] ||  # before what is there is made again
+    fail "$MODEL: no model in it (config.json): did you mean $MODEL/model?"
 if [ -z "$OUT" ]; then  # the name may be that of another collection
     name=$(basename -- "${COLLECTION%.gz}")
     OUT=experiments/${name%.*}

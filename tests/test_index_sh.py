@@ -82,11 +82,14 @@ def test_by_default_the_demo_s_model_and_a_folder_named_after_the_collection(rep
 
 
 def test_a_mistake_ends_in_one_line(folder):
+    (folder / "model").mkdir()
+    (folder / "model/config.json").write_text("{}")
     for words, what in (
         ((), "give COLLECTION [MODEL] [OUT], not 0 words"),
         (("a toy.tsv", "a model", "o", "more"), "not 4 words"),
         (("none.tsv",), "none.tsv: no such file"),
         (("a toy.tsv", "a modle", "o"), "a modle"),
+        (("a toy.tsv", ".", "o"), "no model in it (config.json): did you mean"),
     ):
         done = run_driver(*words, script="index.sh", cwd=folder)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and what in done.stderr, done.stderr

@@ -366,7 +366,7 @@ def test_a_signal_waits_until_a_worker_is_started(tmp_path):
             cli._held.append(15)  # as the handler does
             heard.append(job)
 
-    writer = TokenWriter(tmp_path / "passages", Pool(), 9, "uint16", "passage")
+    writer = TokenWriter(tmp_path / "passages", Pool(), 9, "uint16", "passage", 99)
     with pytest.raises(SystemExit) as ended:
         writer.append(["a text"])
     assert ended.value.code == 143 and len(heard) == len(writer.pending) == 1
