@@ -79,7 +79,8 @@ from accelerate import PartialState
 from nanocolbert.checkpoints.layouts import model_of
 from nanocolbert.storage import runs, shares
 from nanocolbert.storage.artifact import check_file, check_output_file, peak_memory_mb, read_meta, verify
-from nanocolbert.storage.documents import document_of, read_queries
+from nanocolbert.storage.cutting import document_of
+from nanocolbert.storage.documents import read_queries
 from search import Searcher
 
 KNOBS = tuple(dict.fromkeys((*Effort._fields, *Depths._fields)))

@@ -37,7 +37,7 @@ from nanocolbert.index.ivfpq import IVFPQ
 from nanocolbert.index.ranking import Ranking
 from nanocolbert.progress import progress
 from nanocolbert.storage.artifact import check_output_dir, read_meta
-from nanocolbert.storage.documents import document_of
+from nanocolbert.storage.cutting import document_of
 from nanocolbert.text import check_texts
 
 BATCH_SIZE = 32  # queries at a time

@@ -42,7 +42,8 @@ import numpy as np
 
 from nanocolbert.progress import progress
 from nanocolbert.storage.artifact import check_file, check_output_dir, fingerprint, publish, write_meta
-from nanocolbert.storage.documents import USUAL, Fields, read_documents, read_passages
+from nanocolbert.storage.cutting import read_passages
+from nanocolbert.storage.documents import USUAL, Fields, read_documents
 from nanocolbert.storage.ragged import Ids, IdWriter, NpyWriter, RaggedWriter
 from nanocolbert.storage.text_rows import TextRows, hash_texts
 from nanocolbert.storage.texts import FOLDER as TEXTS

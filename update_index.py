@@ -53,7 +53,8 @@ from nanocolbert.index import changes
 from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.indexing import Passage
 from nanocolbert.storage.artifact import check_file, read_meta, verify
-from nanocolbert.storage.documents import Fields, read_passages
+from nanocolbert.storage.cutting import read_passages
+from nanocolbert.storage.documents import Fields
 from nanocolbert.storage.tsv import check_id, read_lines
 
 

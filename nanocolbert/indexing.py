@@ -16,7 +16,8 @@ from nanocolbert.index.building import CHANGING, build_codes, not_unit
 from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.index.knobs import LONGEST
 from nanocolbert.storage.artifact import fingerprint, publish, seen_from, write_meta
-from nanocolbert.storage.documents import Document, parts_of
+from nanocolbert.storage.cutting import parts_of
+from nanocolbert.storage.documents import Document
 from nanocolbert.storage.ragged import IdWriter, RaggedWriter
 from nanocolbert.storage.texts import FOLDER as TEXTS
 from nanocolbert.storage.texts import TextWriter

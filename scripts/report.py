@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanocolbert.cli import InputError, run_stage, start
 from nanocolbert.storage.artifact import read_json
-from nanocolbert.storage.documents import document_of, read_documents, read_queries
+from nanocolbert.storage.cutting import document_of
+from nanocolbert.storage.documents import read_documents, read_queries
 from nanocolbert.storage.runs import read_qrels, read_run
 
 COLUMNS = ("MRR@10", "Recall@50", "Recall@100", "Recall@200", "Recall@1000", "nDCG@10")  # those that a system has

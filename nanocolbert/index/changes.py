@@ -19,7 +19,7 @@ from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.index.segments import FIRST, SegmentWriter, read_state
 from nanocolbert.storage.artifact import is_at, link, locked, write_json
 from nanocolbert.storage.checksums import sum_of
-from nanocolbert.storage.documents import document_of
+from nanocolbert.storage.cutting import document_of
 from nanocolbert.storage.ragged import ranges
 from nanocolbert.storage.texts import link_texts, metadata_of, texts_of
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from nanocolbert.cli import InputError
 from nanocolbert.storage.artifact import replacing
-from nanocolbert.storage.documents import document_of
+from nanocolbert.storage.cutting import document_of
 from nanocolbert.storage.ragged import Ids
 from nanocolbert.storage.tsv import HEADERS, check_header, open_bytes, read_lines
 

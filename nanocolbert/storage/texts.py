@@ -55,6 +55,10 @@ class Texts:
             raise InputError(f"{self.folder}: {len(found)} texts of {self.n} passages: restore it, or make it again")
         return found
 
+    def check(self) -> None:
+        """Raise InputError as `bytes` does."""
+        assert len(self.bytes) == self.n
+
     @cached_property
     def metadata(self) -> Metadata:
         return Metadata(self.folder / METADATA, self.metadata_seen)
@@ -89,11 +93,14 @@ def metadata_of(texts: Texts | None, rows: np.ndarray) -> list[dict | None]:
 
 
 def link_texts(source, target, n: int) -> bool:
-    """Hard-link the texts of an artifact's n passages into another folder; returns whether there are any."""
+    """Hard-link the texts of an artifact's n passages into another folder; returns whether there are any.
+
+    Raises InputError where they do not fit each other.
+    """
     texts = Texts.of(source, n)
     if texts is None:
         return False
-    assert len(texts.bytes) == n
+    texts.check()
     (Path(target) / FOLDER).mkdir()
     for path in texts.folder.iterdir():
         link(path, Path(target) / FOLDER / path.name)

@@ -12,7 +12,6 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from nanocolbert.cli import InputError
 from nanocolbert.storage.artifact import check_file
@@ -101,12 +100,6 @@ def check_id(path, number: int, identifier: str) -> None:
         )
     if len(identifier.encode()) > 256:
         raise InputError(f"{path}:{number}: id of {len(identifier.encode())} bytes, at most 256 can be stored")
-
-
-def count_lines(path) -> int:
-    """Lines in a file, the last one counted whether or not it ends in a newline."""
-    with open_bytes(Path(path), "text") as file:
-        return sum(1 for _ in file)
 
 
 def batched(iterable, size: int):
