@@ -4,11 +4,12 @@
         --triples data/msmarco/triples.train.small.tsv --tokenizer bert-base-uncased --output_dir tokens
 
 reads   a collection (pid, passage) and queries (qid, query): .tsv, .csv or .jsonl, each also .gz, or .parquet; fields
-        by their usual names, or the collection's named by flags; a title is put before the text. triples.tsv, maybe
-        .gz (three texts, or ids: query, positive and one or more negatives)
+        by their usual names, or the collection's named by flags; a title is put before the text. A training file,
+        maybe .gz: three texts a line, or ids in one of the formats of nanocolbert/storage/training_files.py
 writes  tokens/passages, tokens/queries (ragged word pieces without special tokens, uint16 or uint32),
-        tokens/pids.npy, tokens/qids.npy, tokens/triples.npy (int32 rows, in file order), tokens/texts (the passages'
-        texts, which embeddings and indexes link)
+        tokens/pids.npy, tokens/qids.npy, tokens/triples.npy (int32 rows of a query and its passages, in file order),
+        tokens/scores.npy (fp32, of these passages, where the file has scores), tokens/texts (the passages' texts, which
+        embeddings and indexes link)
 
 Each distinct text is tokenised and stored once. Triples of text are matched to the collection and the queries by a
 64-bit hash of the text (two of 9 million texts share one with probability 2e-6); texts found in neither are stored
@@ -43,16 +44,23 @@ import numpy as np
 from nanocolbert.progress import progress
 from nanocolbert.storage.artifact import check_file, check_output_dir, fingerprint, publish, write_meta
 from nanocolbert.storage.cutting import read_passages
-from nanocolbert.storage.documents import USUAL, Fields, read_documents
+from nanocolbert.storage.documents import USUAL, Fields
 from nanocolbert.storage.ragged import Ids, IdWriter, NpyWriter, RaggedWriter
 from nanocolbert.storage.text_rows import TextRows, hash_texts
 from nanocolbert.storage.texts import FOLDER as TEXTS
 from nanocolbert.storage.texts import TextWriter
-from nanocolbert.storage.tsv import batched, open_bytes, read_lines, read_rows
+from nanocolbert.storage.training_files import (
+    FORMATS,
+    OF_MANY,
+    Written,
+    guess_format,
+    read_training,
+    write_training,
+)
+from nanocolbert.storage.tsv import batched, read_rows
 from nanocolbert.text import FRAME, own_backend, prepare_texts, tokenize, tokenizer_fingerprint
 
 CHUNK = 2000  # texts handed to a worker at a time
-GUESSED = 100  # lines of triples looked at to tell ids from texts
 TRIPLE_HEADERS = ("query", "anchor", "question", "positive", "negative", "pos", "neg")
 
 
@@ -175,59 +183,18 @@ def convert_texts(path, what: str, how: tuple, writer: TokenWriter, ids: IdWrite
         )
 
 
-def guess_format(path, queries, collection, limit: int | None) -> str:
-    """'id' if the first lines of triples, at most `limit`, are of ids of `queries`, 'text' if they hold texts.
-
-    Raises InputError where that cannot be told.
-    """
-    lines = [
-        line.split("\t") for _, line in itertools.islice(read_lines(path, "triples"), min(limit or GUESSED, GUESSED))
-    ]
-    if any(len(field.split()) > 1 for fields in lines for field in fields):  # ids have no white space
-        return "text"
-    if not (queries and collection):
-        raise InputError(
-            f"{path}:1: {lines[0][0] if lines else ''!r} may be an id or a text: give --triples_format text, or, of "
-            "ids, --collection and --queries too"
-        )
-    first = {fields[0] for fields in lines}
-    known = {"id": 0, "text": 0}
-    for query in read_documents(queries, "queries: qid, query"):
-        known["id"] += query.id in first
-        known["text"] += query.text in first
-    if not lines or (known["id"] > 0) != (known["text"] > 0):
-        return "text" if known["text"] else "id"
-    raise InputError(
-        f"{path}:1: {lines[0][0]!r} is {'both an id and a text' if known['id'] else 'neither an id nor a text'} of "
-        f"{queries}: give --triples_format id or text, and the queries these triples were made from"
+def convert_triples(args, folder: Path, format: str, tables, writers) -> Written:
+    """Write the training file's rows, and, where it has texts, those not stored before."""
+    if format == "text":
+        return convert_text_triples(args.triples, folder, args.max_triples, tables, writers)
+    rows = below_a_bar(
+        args.triples, lambda tell: read_training(args.triples, format, args.nway, tell), args.max_triples
     )
+    return write_training(args.triples, rows, folder, format)
 
 
-def convert_id_triples(path, folder: Path, limit: int | None) -> int:
-    """Write triples of ids as rows of (query, positive, negatives ...); returns how many."""
-    qids, pids = Ids(folder / "qids.npy"), Ids(folder / "pids.npy")
-    with open_bytes(path, "triples") as file:
-        n_columns = max(3, file.readline().count(b"\t") + 1)
-    writer = NpyWriter(folder / "triples.npy", np.int32, (n_columns,))
-    columns = ", ".join(["qid", "positive pid", *["negative pid"] * (n_columns - 2)])
-    lines = below_a_bar(path, lambda tell: read_rows(path, columns, "triples", tell), limit)
-    for chunk in batched(lines, 10 * CHUNK):
-        fields = list(zip(*(fields for _, fields in chunk), strict=True))
-        rows = np.stack([qids.rows(fields[0]), *map(pids.rows, fields[1:])], axis=1)
-        if (rows < 0).any():
-            row, column = np.argwhere(rows < 0)[0]
-            kind, source = ("qid", "queries") if column == 0 else ("pid", "collection")
-            raise InputError(
-                f"{path}:{chunk[row][0]}: {kind} {fields[column][row]!r} in column {column + 1} is not among the "
-                f"{source}: give the {source} these triples were made from"
-            )
-        writer.append(rows)
-    writer.close()
-    return writer.n_rows
-
-
-def convert_text_triples(path, folder: Path, limit: int | None, tables, writers) -> int:
-    """Write triples of texts as rows, and the texts not stored before; returns how many triples."""
+def convert_text_triples(path, folder: Path, limit: int | None, tables, writers) -> Written:
+    """Write triples of texts as rows, and the texts not stored before. Raises InputError where there are none."""
     columns = "query, positive passage, negative passage"
     writer = NpyWriter(folder / "triples.npy", np.int32, (3,))
     for chunk in batched(below_a_bar(path, lambda tell: read_rows(path, columns, "triples", tell), limit), CHUNK):
@@ -239,7 +206,9 @@ def convert_text_triples(path, folder: Path, limit: int | None, tables, writers)
         rows[:, 1:] = rows_of([*positives, *negatives], tables["passage"], writers["passage"]).reshape(2, -1).T
         writer.append(rows)
     writer.close()
-    return writer.n_rows
+    if not writer.n_rows:
+        raise InputError(f"{path}: empty, expected triples")
+    return Written(writer.n_rows, 2, False)
 
 
 def rows_of(texts, table: TextRows, writer: TokenWriter) -> np.ndarray:
@@ -266,6 +235,8 @@ def check_inputs(args) -> None:
     fields, words, overlap = how_to_read(args)
     if args.collection is None and (words or fields != USUAL):
         raise InputError("--passage_words, --id_field, --title_field and --text_field are of a --collection: give it")
+    if args.nway and not args.triples:
+        raise InputError("--nway is of --triples: give them")
     if overlap >= (words or 1):
         raise InputError(f"--overlap {overlap}: give --passage_words above it")
     check_output_dir(args.output_dir, "tokens", *inputs, args.tokenizer)
@@ -277,20 +248,28 @@ def how_to_read(args) -> tuple[Fields, int | None, int]:
 
 
 def format_of_triples(args) -> str | None:
-    """'id' or 'text', as given or guessed; None without triples. Raises InputError where ids have nothing to name."""
+    """One of FORMATS, as given or guessed; None without triples. Raises InputError where ids have nothing to name."""
     if not args.triples:
         return None
     found = args.triples_format
     if found == "auto":
         found = guess_format(args.triples, args.queries, args.collection, args.max_triples)
-    if found == "id" and not (args.collection and args.queries):
-        raise InputError(f"{args.triples}: triples of ids need --collection and --queries, or --triples_format text")
+    if found != "text" and not (args.collection and args.queries):
+        what, other = {"id": ("triples of ids", ", or --triples_format text"), "qrels": ("qrels", "")}.get(
+            found, ("rows of ids", "")
+        )
+        raise InputError(f"{args.triples}: {what} need --collection and --queries{other}")
+    if args.nway and found not in OF_MANY:
+        raise InputError(f"--nway: {args.triples} is read as {found}, whose rows are all alike: leave it out")
     return found
 
 
-def convert(args, folder: Path, triples_format: str | None, writers: dict[str, TokenWriter]) -> dict[str, int]:
-    """Write all that was given, through the writers, which are closed; returns how many there are of each."""
-    counts = {}
+def convert(args, folder: Path, triples_format: str | None, writers: dict[str, TokenWriter]) -> dict:
+    """Write all that was given, through the writers, which are closed; returns what meta.json says of it.
+
+    "counts": how many there are of each; of triples, "triples_format", "passages_per_query" and whether "scored".
+    """
+    counts, of_triples = {}, {}
     tables = {kind: TextRows() if triples_format == "text" else None for kind in writers}
     for kind, name, path, what, how in (
         ("query", "qids", args.queries, "queries: qid, query", (USUAL, None, 0)),
@@ -303,16 +282,13 @@ def convert(args, folder: Path, triples_format: str | None, writers: dict[str, T
         else:
             ids.close()
         counts[name] = writers[kind].n_texts
-    if triples_format == "id":
-        counts["triples"] = convert_id_triples(args.triples, folder, args.max_triples)
-    elif triples_format == "text":
-        counts["triples"] = convert_text_triples(args.triples, folder, args.max_triples, tables, writers)
-    if not counts.get("triples", 1):
-        raise InputError(f"{args.triples}: empty, expected triples")
+    if triples_format:
+        counts["triples"], n_passages, scored = convert_triples(args, folder, triples_format, tables, writers)
+        of_triples = {"triples_format": triples_format, "passages_per_query": n_passages, "scored": scored}
     for kind, name in (("passage", "passages"), ("query", "queries")):
         writers[kind].close()
         counts[name] = len(writers[kind].writer)
-    return counts
+    return {"counts": counts, **of_triples}
 
 
 def main(args):
@@ -332,7 +308,8 @@ def main(args):
             kind: TokenWriter(folder / name, pool, 2 * args.workers + 2, dtype, kind, maxlen[kind] - FRAME)
             for kind, name in (("passage", "passages"), ("query", "queries"))
         }
-        counts = convert(args, folder, triples_format, writers)
+        converted = convert(args, folder, triples_format, writers)
+        counts = converted["counts"]
         arrays = sorted(path for path in folder.rglob("*.*") if path.suffix in (".npy", ".sqlite"))
         facts = {
             "tokenizer": args.tokenizer,
@@ -341,7 +318,7 @@ def main(args):
             "doc_maxlen": maxlen["passage"],
             "texts": texts,
             "dtype": dtype,
-            "counts": counts,
+            **converted,
             "passage_tokens": int(writers["passage"].writer.values.n_rows),
             **({"documents": {"words": args.passage_words, "overlap": args.overlap}} if args.passage_words else {}),
             "bytes": sum(path.stat().st_size for path in arrays),
@@ -362,13 +339,15 @@ def parse_args():
     files = ".tsv, .csv, .jsonl, each also .gz, or .parquet"
     parser.add_argument("--collection", type=Path, help=f"ids and texts, maybe titles and more: {files}")
     parser.add_argument("--queries", type=Path, help=f"ids and texts of the training queries: {files}")
-    parser.add_argument("--triples", type=Path, help="query, positive, negative: texts, or ids with 1+ negatives")
+    parser.add_argument("--triples", type=Path, help="training file: queries, and the passages of each; maybe .gz")
     parser.add_argument(
         "--triples_format",
-        choices=("auto", "text", "id"),
+        choices=("auto", *FORMATS),
         default="auto",
-        help="auto: ids if --collection and --queries are given and the first line has no spaces",
+        help="text: query, positive, negative; id: qid, positive, negatives; nway: JSON, [qid, [pid, score], ...]; "
+        "scored: two scores, qid, positive, negative; qrels (default: auto, by the first lines)",
     )
+    parser.add_argument("--nway", type=positive, help="the first N passages of each row (default: all, of all as many)")
     # of the collection
     parser.add_argument("--id_field", help="field of the ids (default: id, _id, docno or another usual name)")
     parser.add_argument("--title_field", help="field of the titles, which are put before the texts (default: title)")

@@ -258,6 +258,39 @@ def test_more_negatives_and_max_triples(encoder_dir, tmp_path):
     assert triples == [[1, 1, 0, 2], [0, 0, 2, 1], [0, 0, 1, 2]] and meta["counts"]["triples"] == 3
 
 
+TRAINING_FILES = {  # {format: the file, K, the rows' passages as places in the collection, scores}
+    "nway": ('[2, [7, 0.5], ["007", 2]]\n[1, ["007", 1], [5, -1]]\n', 2, [[0, 1], [1, 2]], [[0.5, 2], [1, -1]]),
+    "scored": ("0.5\t2\t2\t7\t007\n1\t-1\t1\t007\t5\n", 2, [[0, 1], [1, 2]], [[0.5, 2], [1, -1]]),
+    "qrels": ("2\t0\t7\t1\n2\t0\t5\t0\n1\t0\t007\t1\n", 1, [[0], [1]], None),
+}
+
+
+@pytest.mark.parametrize("form", TRAINING_FILES)
+def test_other_training_files(encoder_dir, tmp_path, form):
+    text, n_passages, passages, scores = TRAINING_FILES[form]
+    (tmp_path / "c.tsv").write_text("7\tthe boat\n007\tthe cloud\n5\ta drum\n")
+    (tmp_path / "q.tsv").write_text("2\tboat\n1\tcloud\n")
+    (tmp_path / "t").write_text(text)
+    files = {"collection": tmp_path / "c.tsv", "queries": tmp_path / "q.tsv", "triples": tmp_path / "t"}
+    meta, triples, *_ = convert(encoder_dir, tmp_path / "out", **files)
+    assert triples == [[i, *row] for i, row in enumerate(passages)]
+    found = (meta["triples_format"], meta["passages_per_query"], meta["scored"], meta["counts"]["triples"])
+    assert found == (form, n_passages, scores is not None, 2)
+    assert (tmp_path / "out/scores.npy").exists() == ("scores.npy" in meta["files"]) == (scores is not None)
+    if scores:
+        assert np.load(tmp_path / "out/scores.npy").tolist() == scores
+
+
+def test_max_triples_and_nway(encoder_dir, tmp_path):
+    """Rows are cut, and what is past the limit is not read."""
+    (tmp_path / "c.tsv").write_text("7\tthe boat\n8\tthe cloud\n")
+    (tmp_path / "q.tsv").write_text("2\tboat\n")
+    (tmp_path / "t.jsonl").write_text("[2, [7, 1], [8, 2], [99, 3]]\nno JSON\n")
+    files = {"collection": tmp_path / "c.tsv", "queries": tmp_path / "q.tsv", "triples": tmp_path / "t.jsonl"}
+    _, triples, *_ = convert(encoder_dir, tmp_path / "out", max_triples=1, nway=2, **files)
+    assert triples == [[0, 0, 1]] and np.load(tmp_path / "out/scores.npy").tolist() == [[1, 2]]
+
+
 MISTAKES = {
     "missing file": ({"collection": None}, "{collection}: no such file"),
     "columns of the collection": (
@@ -284,6 +317,8 @@ MISTAKES = {
     "a triple cut short": ({"triples": b"q1\tp1\tp2\nq1\tp1\n"}, "{triples}:2: found 2 column(s), expected 3"),
     "a pair": ({"triples": b"q1\tp1\n"}, "{triples}:1: found 2 column(s), expected 3"),
     "text triples of four": ({"triples": b"find a\tthe b\tthe c\tthe d\n"}, "{triples}:1: found 4 column(s)"),
+    "JSON": ({"triples": b'["q1", "p1"]\n["q1", 2'}, "{triples}:2: not JSON"),
+    "qrels of nothing": ({"triples": b"q1\t0\tp1\t0\n"}, "{triples}: no passage is of relevance 1 or more"),
     "bytes of a triple": ({"triples": b"q1\tp1\tp2\nq1\tp\xff1\tp2\n"}, "{triples}:2: byte 0xff at column 5"),
 }
 
@@ -331,6 +366,15 @@ def test_other_mistakes(encoder_dir, toy_dir, tmp_path):
         (
             (*collection, "--tokenizer", encoder_dir, "--passage_words", 3, "--overlap", 3),
             "--overlap 3: give --passage_words above it",
+        ),
+        (
+            (*collection, "--triples", toy_dir / "qrels.tsv", "--tokenizer", encoder_dir),
+            "qrels.tsv: qrels need --collection and --queries",
+        ),
+        ((*collection, "--tokenizer", encoder_dir, "--nway", 2), "--nway is of --triples: give them"),
+        (
+            (*toy_inputs(toy_dir), "--triples", toy_dir / "qrels.tsv", "--tokenizer", encoder_dir, "--nway", 1),
+            "qrels.tsv is read as qrels, whose rows are all alike: leave it out",
         ),
         (
             ("--triples", tmp_path / "t.tsv", "--tokenizer", encoder_dir, "--text_field", "body"),

@@ -20,14 +20,17 @@ class Triples:
     def __init__(self, tokens_dir, batch_size: int, shuffle_seed: int | None):
         self.folder = Path(tokens_dir)
         self.passages, self.queries = Ragged(self.folder / "passages"), Ragged(self.folder / "queries")
-        self.triples = load_npy(self.folder / "triples.npy", "i4", (None, None))  # (n, 2 + k)
+        self.triples = load_npy(self.folder / "triples.npy", "i4", (None, None))  # (n, 1 + K): a query, its passages
+        scores = self.folder / "scores.npy"  # of the passages, where the training file had some
+        n, width = self.triples.shape
+        self.scores = load_npy(scores, "f4", (n, width - 1)) if scores.exists() else None  # (n, K)
         self.batch_size, self.shuffle_seed = batch_size, shuffle_seed
         self.epoch, self.order = -1, None
 
     def check(self) -> None:
-        """Raise InputError where a triple names a query or a passage that is not there."""
+        """Raise InputError where a triple names a query or a passage that is not there, or a score is no number."""
         path, n_queries, n_passages = self.folder / "triples.npy", len(self.queries), len(self.passages)
-        if not len(self.triples) or self.triples.shape[1] < 3:
+        if not len(self.triples) or self.triples.shape[1] < 2:
             raise InputError(f"{path}: {self.triples.shape} holds no triples: run tsv2mmap.py again")
         for start in range(0, len(self.triples), ROWS):
             rows = self.triples[start : start + ROWS].view(np.uint32)  # below 0 is beyond all
@@ -38,19 +41,30 @@ class Triples:
                     f"{path}: triple {start + row} is {self.triples[start + row].tolist()}, of {n_queries} queries and "
                     f"{n_passages} passages: run tsv2mmap.py again"
                 )
+            if self.scores is not None and not np.isfinite(self.scores[start : start + ROWS]).all():
+                row = start + int((~np.isfinite(self.scores[start : start + ROWS])).any(1).argmax())
+                raise InputError(
+                    f"{self.folder / 'scores.npy'}: the scores of triple {row} are {self.scores[row].tolist()}: run "
+                    "tsv2mmap.py again"
+                )
 
     def rows(self, step: int) -> np.ndarray:
-        """Triples (batch_size, 2 + k) of a step, counted from 0; the data starts again when it is used up."""
+        """Triples (batch_size, 1 + K) of a step, counted from 0; the data starts again when it is used up."""
+        return self.triples[self._places(step)]
+
+    def scores_of(self, step: int) -> np.ndarray | None:
+        """Scores (batch_size, K) fp32 of the passages of `rows(step)`; None where there are none."""
+        return None if self.scores is None else self.scores[self._places(step)]
+
+    def _places(self, step: int) -> np.ndarray:
+        """Which triples a step has (batch_size,)."""
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        n = len(self.triples)
         if self.shuffle_seed is None:
-            return self.triples[positions % len(self.triples)]
-        epochs = positions // len(self.triples)
-        return np.concatenate(
-            [
-                self.triples[self._order(epoch)[positions[epochs == epoch] % len(self.triples)]]
-                for epoch in np.unique(epochs).tolist()
-            ]
-        )
+            return positions % n
+        epochs = positions // n
+        parts = [self._order(epoch)[positions[epochs == epoch] % n] for epoch in np.unique(epochs).tolist()]
+        return np.concatenate(parts)
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch != self.epoch:
@@ -59,11 +73,12 @@ class Triples:
         return self.order
 
 
-def collate(data: Triples, rows: np.ndarray, model, tokens_per_batch: int, packed: bool) -> dict:
+def collate(data: Triples, rows: np.ndarray, model, tokens_per_batch: int, packed: bool, scores=None) -> dict:
     """A micro-batch of triples (B, 1 + K): framed queries and passages in batches of like length, or all packed.
 
-    Returns the arguments of model.forward ("inputs"), what the loss needs beside the embeddings it gives ("mask",
-    "passage_rows"), and how many tokens there are, padding aside.
+    scores: (B, K) of the passages, or None. Returns the arguments of model.forward ("inputs"), what the loss needs
+    beside the embeddings it gives ("mask", "passage_rows", and the scores as "teacher"), and how many tokens there are,
+    padding aside.
     """
     passage_rows = rows[:, 1:].reshape(-1)  # (N,), N = B * K: each query's positive, then its negatives
     lengths = data.passages.lengths(passage_rows)
@@ -90,5 +105,6 @@ def collate(data: Triples, rows: np.ndarray, model, tokens_per_batch: int, packe
         "inputs": {"batches": batches, "scored": model.scored(attention_mask), "slots": slots[back]},
         "mask": mask[back],
         "passage_rows": torch.from_numpy(passage_rows.astype(np.int64)).view(len(rows), -1),  # (B, K)
+        "teacher": None if scores is None else torch.from_numpy(np.array(scores, np.float32)),  # (B, K)
         "tokens": tokens,
     }

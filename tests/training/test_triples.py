@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from model import ColBERT
+from nanocolbert.cli import InputError
 from nanocolbert.training.losses import triples_loss
 from nanocolbert.training.triples import Triples, collate
 
@@ -53,3 +54,55 @@ def test_shuffled_epochs(tokens_dir):
     assert epochs[0] != epochs[1] != epochs[2]
     assert Triples(tokens_dir, 24, 1).rows(5).tolist() == found[120:144]  # a step needs no step before it
     assert Triples(tokens_dir, 24, 2).rows(0).tolist() != found[:24]
+
+
+@pytest.fixture
+def scored_dir(tokens_dir, tmp_path):
+    """The toy tokens, with scores that say which triple and which passage they are of."""
+    for path in tokens_dir.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    n, width = np.load(tokens_dir / "triples.npy").shape
+    np.save(tmp_path / "scores.npy", (np.arange(n)[:, None] + np.arange(width - 1) / 2).astype(np.float32))
+    return tmp_path
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_scores_are_of_the_rows_beside_them(scored_dir, tokens_dir, seed):
+    """Also over the end of an epoch."""
+    triples = np.load(tokens_dir / "triples.npy")
+    data = Triples(scored_dir, 24, seed)
+    data.check()
+    for step in range(6):
+        scores = data.scores_of(step)
+        assert scores.shape == (24, 2) and scores.dtype == np.float32
+        assert (scores[:, 1] - scores[:, 0] == 0.5).all()
+        assert data.rows(step).tolist() == triples[scores[:, 0].astype(int)].tolist()
+    assert Triples(tokens_dir, 24, seed).scores_of(0) is None
+
+
+def test_the_teacher_of_a_batch(scored_dir, model_dir):
+    model, data = ColBERT.from_pretrained(model_dir), Triples(scored_dir, 4, 1)
+    batch = collate(data, data.rows(1), model, 64, False, data.scores_of(1))
+    assert batch["teacher"].dtype == torch.float32 and batch["teacher"].tolist() == data.scores_of(1).tolist()
+    assert collate(data, data.rows(1), model, 64, False)["teacher"] is None
+
+
+def test_queries_with_one_passage_each(scored_dir, tokens_dir, model_dir):
+    """As qrels alone give them."""
+    (scored_dir / "triples.npy").unlink()
+    np.save(scored_dir / "triples.npy", np.load(tokens_dir / "triples.npy")[:, :2])
+    with pytest.raises(InputError, match=r"scores\.npy: of shape 64 x 2, not 64 x 1"):
+        Triples(scored_dir, 8, None)
+    (scored_dir / "scores.npy").unlink()
+    data = Triples(scored_dir, 8, None)
+    data.check()
+    batch = collate(data, data.rows(0), ColBERT.from_pretrained(model_dir), 64, False)
+    assert batch["passage_rows"].tolist() == np.load(tokens_dir / "triples.npy")[:8, 1:2].tolist()
+
+
+def test_scores_that_are_no_numbers(scored_dir):
+    scores = np.load(scored_dir / "scores.npy")
+    scores[40, 1] = np.nan
+    np.save(scored_dir / "scores.npy", scores)
+    with pytest.raises(InputError, match=r"scores\.npy: the scores of triple 40 are \[40\.0, nan\]"):
+        Triples(scored_dir, 8, None).check()
