@@ -11,10 +11,10 @@ whose ranks contradict its scores is refused: two tools would measure two rankin
 import contextlib
 import gzip
 import io
+import itertools
 import math
 from array import array
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import ir_measures
@@ -30,6 +30,7 @@ TREC_COLUMNS = "qid, Q0, pid, rank, score, tag"
 MSMARCO_COLUMNS = "qid, pid, rank"
 QRELS_COLUMNS = "qid, 0, pid, relevance"
 BEIR_COLUMNS = "query-id, corpus-id, score"
+EMPTY = "{}: an empty file, expected a run: was the search finished?"
 MEASURES = (
     "MRR@10",
     "nDCG@10",
@@ -50,8 +51,51 @@ def read_run(path) -> dict[str, dict[str, float]]:
     script takes them literally) and on TREC scores that are not numbers or rise while the ranks go down.
     """
     run, ranks, scores, lines = {}, {}, {}, {}  # the last three: an array for each qid, in the order of run[qid]
+    for number, qid, pid, rank, score in _read_run_lines(path):
+        if qid not in run:
+            run[qid], ranks[qid], scores[qid], lines[qid] = {}, array("q"), array("d"), array("q")
+        if pid in run[qid]:
+            raise InputError(f"{path}:{number}: passage {pid} a second time for query {qid}: list it once")
+        run[qid][pid] = -float(rank)
+        ranks[qid].append(rank)
+        lines[qid].append(number)
+        if score is not None:
+            scores[qid].append(score)
+    if not run:
+        raise InputError(EMPTY.format(path))
+    for qid in run:
+        _check_ranking(path, qid, ranks[qid], scores[qid], lines[qid])
+    return run
+
+
+def read_rankings(path, tell=None) -> Iterator[tuple[str, list[str], list[float] | None]]:
+    """Yield (qid, pids, scores) of each query of a run file, best passage first; the scores are None in MS MARCO's.
+
+    One query is held in memory at a time: its lines must stand together. tell: see `read_lines`. Raises InputError as
+    `read_run` does, and where they do not.
+    """
+    seen = set()
+    for qid, group in itertools.groupby(_read_run_lines(path, tell), key=lambda line: line[1]):
+        lines, _, pids, ranks, scores = zip(*group, strict=True)
+        if qid in seen:
+            raise InputError(f"{path}:{lines[0]}: query {qid} again, after others: sort the run by its first column")
+        seen.add(qid)
+        places = {}
+        for number, pid in zip(lines, pids, strict=True):
+            if places.setdefault(pid, number) != number:
+                raise InputError(f"{path}:{number}: passage {pid} a second time for query {qid}: list it once")
+        is_scored = scores[0] is not None
+        _check_ranking(path, qid, ranks, scores if is_scored else (), lines)
+        order = sorted(range(len(pids)), key=ranks.__getitem__)
+        yield qid, [pids[i] for i in order], [scores[i] for i in order] if is_scored else None
+    if not seen:
+        raise InputError(EMPTY.format(path))
+
+
+def _read_run_lines(path, tell=None) -> Iterator[tuple[int, str, str, int, float | None]]:
+    """Yield (line number, qid, pid, rank, score or None) of a run file; the first line tells TREC from MS MARCO."""
     columns = None
-    for number, fields in _read_fields(path, "run"):
+    for number, fields in _read_fields(path, "run", tell=tell):
         if columns is None:
             columns = {6: TREC_COLUMNS, 3: MSMARCO_COLUMNS}.get(len(fields))
             if columns is None:
@@ -64,21 +108,8 @@ def read_run(path) -> dict[str, dict[str, float]]:
             qid, _, pid, rank, score, _ = fields
         else:
             (qid, pid, rank), score = fields, None
-        if qid not in run:
-            run[qid], ranks[qid], scores[qid], lines[qid] = {}, array("q"), array("d"), array("q")
-        if pid in run[qid]:
-            raise InputError(f"{path}:{number}: passage {pid} a second time for query {qid}: list it once")
         rank = _number(path, number, "rank", rank, int)
-        run[qid][pid] = -float(rank)
-        ranks[qid].append(rank)
-        lines[qid].append(number)
-        if score is not None:
-            scores[qid].append(_number(path, number, "score", score, float))
-    if not run:
-        raise InputError(f"{path}: an empty file, expected a run: was the search finished?")
-    for qid in run:
-        _check_ranking(path, qid, ranks[qid], scores[qid], lines[qid])
-    return run
+        yield number, qid, pid, rank, None if score is None else _number(path, number, "score", score, float)
 
 
 def _check_ranking(path, qid: str, ranks, scores, lines) -> None:
@@ -218,7 +249,7 @@ def write_run(
         for qid, pids, scores in rankings:
             assert len(pids) == len(scores) == len(set(pids)), (qid, len(pids), len(scores), len(set(pids)))
             assert not any(map(math.isnan, scores)), (qid, scores)
-            assert all(a >= b for a, b in pairwise(scores)), (qid, scores)
+            assert all(a >= b for a, b in itertools.pairwise(scores)), (qid, scores)
             if format == "trec":
                 ranked = enumerate(zip(pids, scores, strict=True), 1)
                 file.writelines(f"{qid} Q0 {pid} {rank} {score:.6f} {tag}\n" for rank, (pid, score) in ranked)
@@ -278,9 +309,9 @@ def means(values: dict[str, dict[str, float]]) -> dict[str, float]:
     return {name: sum(by_query.values()) / len(by_query) for name, by_query in values.items()}
 
 
-def _read_fields(path, what: str, may_have_header: bool = False) -> Iterator[tuple[int, list[str]]]:
+def _read_fields(path, what: str, may_have_header: bool = False, tell=None) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number from 1, fields) of lines split at white space."""
-    for number, line in read_lines(path, what):
+    for number, line in read_lines(path, what, tell):
         fields = line.split()
         if number == 1 and fields and not may_have_header:
             check_header(path, number, fields[0])

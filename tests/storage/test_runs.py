@@ -47,6 +47,39 @@ def test_measures_are_those_of_the_official_definition(tmp_path, format, seed):
     assert means["MRR@10"] == pytest.approx(sum(rr for rr, _ in at10.values()) / len(qrels))
 
 
+def test_rankings_one_by_one(tmp_path):
+    """As the whole run has them, with the scores of the file; the order of lines is not the ranking."""
+    lines = ["q2 Q0 a 3 -1 t", "q2 Q0 b 1 2.5 t", "q2 Q0 c 2 2.5 t", "q1 Q0 a 1 7 t"]
+    (tmp_path / "run").write_text("\n".join(lines))
+    (tmp_path / "run.tsv").write_text("q\tb\t2\nq\ta\t1\n")
+    assert list(runs.read_rankings(tmp_path / "run")) == [("q2", ["b", "c", "a"], [2.5, 2.5, -1]), ("q1", ["a"], [7])]
+    assert list(runs.read_rankings(tmp_path / "run.tsv")) == [("q", ["a", "b"], None)]
+    _, rankings, scores = make_rankings(random.Random(0))
+    runs.write_run(tmp_path / "r.gz", ((qid, rankings[qid], scores[qid]) for qid in rankings))
+    found, whole = list(runs.read_rankings(tmp_path / "r.gz")), runs.read_run(tmp_path / "r.gz")
+    assert found == [(qid, rankings[qid], scores[qid]) for qid in rankings]
+    assert [(qid, pids) for qid, pids, _ in found] == [
+        (qid, sorted(whole[qid], key=lambda p: -whole[qid][p])) for qid in whole
+    ]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "run: an empty file"),
+        ("q\ta\t1\nr\ta\t1\nq\tb\t2\n", "run:3: query q again, after others: sort the run"),
+        ("q\ta\t1\nq\ta\t2\n", "run:2: passage a a second time for query q"),
+        ("q Q0 a 1 1 t\nq Q0 b 2 2 t\n", "run:2: query q has score 2.0 at rank 2, above"),
+        ("q\ta\t2\n", "run:1: query q has rank 2 where 1 should come"),
+    ],
+)
+def test_rankings_one_by_one_are_checked(tmp_path, text, message):
+    (tmp_path / "run").write_text(text)
+    with pytest.raises(InputError) as refused:
+        list(runs.read_rankings(tmp_path / "run"))
+    assert message in str(refused.value)
+
+
 def test_tied_scores_keep_their_order_in_every_measure():
     for pids in (["a", "b"], ["b", "a"]):
         values = runs.measure({"q": {"a": 1}}, {"q": dict.fromkeys(pids, 1.0)}, ["MRR@10", "MAP", "Success@1"])
