@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import os
 import pty
@@ -5,11 +7,13 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from evaluate import randomisation_test
+from evaluate import main, parse_args, randomisation_test
+from nanocolbert.cli import run_stage
 
 ROOT = Path(__file__).parent.parent
 DL = ROOT.parent / "shared" / "data" / "msmarco-dl19-20"
@@ -150,3 +154,95 @@ def test_published_runs(run, ndcg):
     year = run.rsplit(".", 1)[1]
     done = evaluate("--qrels", DL / f"qrels.{year}.tsv", "--run", DL / "runs" / f"{run}.tsv", "--rel", "2")
     assert json.loads(done.stdout.splitlines()[-1])["nDCG@10"] == pytest.approx(ndcg, abs=1e-4)
+
+
+def called(*args) -> str:
+    """What the stage prints, called in this process."""
+    command, out = ["evaluate.py", *map(str, args)], io.StringIO()
+    with mock.patch.object(sys, "argv", command), contextlib.redirect_stdout(out):
+        run_stage(main, parse_args())
+    return out.getvalue()
+
+
+def as_json(*args) -> dict:
+    return json.loads(called(*args))
+
+
+def test_several_runs(files):
+    """Each as it is by itself; --compare names a base among them, or another."""
+    alone = {name: as_json("--qrels", files / "qrels", "--run", files / name) for name in ("run", "other")}
+    both = as_json("--qrels", files / "qrels", "--run", f"ours={files / 'run'}", files / "other", "--compare", "ours")
+    assert list(both["methods"]) == ["ours", str(files / "other")]
+    for name, measured in zip(("run", "other"), both["methods"].values(), strict=True):
+        (file,) = measured["runs"]
+        assert file == {key: alone[name][key] for key in file}
+        assert measured["mean"] == measured["lowest"] == measured["highest"]
+        assert measured["mean"].items() <= file.items() and "MRR@10" in measured["mean"]
+    compared = as_json("--qrels", files / "qrels", "--run", files / "other", "--compare", files / "run")["compare"]
+    assert both["compare"] == "ours" and "compare" not in both["methods"]["ours"]
+    assert both["methods"][str(files / "other")]["compare"] == compared["measures"]
+    again = as_json("--qrels", files / "qrels", "--run", f"A={files / 'other'}", "--compare", f"B={files / 'run'}")
+    assert list(again["methods"]) == ["B", "A"] and again["compare"] == "B"
+    assert again["methods"]["A"]["compare"] == compared["measures"]
+
+
+def test_seeds_of_a_method(files):
+    """Means, spread, and the test of each query's mean over the seeds."""
+    run, other = files / "run", files / "other"
+    (files / "base").write_text("1\tb\t1\n2\tx\t1\n2\tc\t2\n")  # reciprocal ranks 1, 1/2, 0, 0
+    common = ("--qrels", files / "qrels", "--compare", f"base={files / 'base'}", "--measures", "RR@10", "P@1")
+    found = as_json(*common, "--run", f"ours={run},{other}")["methods"]["ours"]
+    assert [file["run"] for file in found["runs"]] == [str(run), str(other)]
+    assert found["mean"]["RR@10"] == pytest.approx((3 / 8 + 1 / 2) / 2)
+    assert (found["lowest"]["RR@10"], found["highest"]["RR@10"]) == pytest.approx((3 / 8, 1 / 2))
+    ours = np.array([(1 / 2 + 1) / 2, (1 + 0) / 2, (0 + 1) / 2, 0])
+    row = found["compare"]["RR@10"]
+    assert row["other"] == pytest.approx(3 / 8) and row["difference"] == pytest.approx(ours.mean() - 3 / 8)
+    assert (row["queries_better"], row["queries_worse"]) == (1, 1)
+    assert row["p"] == pytest.approx(randomisation_test((ours - [1, 1 / 2, 0, 0])[:, None])[0])
+    assert as_json(*common, "--run", f"ours={run}", f"ours={other}")["methods"]["ours"] == found
+
+
+def test_table_of_several(files):
+    runs = (f"ours={files / 'run'},{files / 'other'}", f"alone={files / 'run'}")
+    flags = ("--compare", "alone", "--measures", "RR@10", "P@1", "--no-json")
+    shown = called("--qrels", files / "qrels", "--run", *runs, *flags).splitlines()
+    cells = [line.split() for line in shown]
+    assert cells == [
+        ["RR@10", "P@1"],
+        ["ours", "(mean", "of", "2)", "0.4375", "0.3750"],
+        ["lowest", "0.3750", "0.2500"],
+        ["highest", "0.5000", "0.5000"],
+        ["less", "alone", "+0.0625", "+0.1250"],
+        ["p", *cells[5][1:]],
+        ["alone", "0.3750", "0.2500"],
+    ]
+    assert len({len(line) for line in shown}) == 1
+
+
+def test_a_path_with_signs_in_its_name(files):
+    (files / "a=b,c").write_text(RUN)
+    result = as_json("--qrels", files / "qrels", "--run", files / "a=b,c")
+    assert result["run"] == str(files / "a=b,c") and "methods" not in result
+    assert list(as_json("--qrels", files / "qrels", "--run", f"x={files / 'a=b,c'}")["methods"]) == ["x"]
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--run", "ours="], "ours=: give NAME=PATH"),
+        (["--run", "ours=run,"], "ours=run,: give NAME=PATH"),
+        (["--run", "=run"], "=run: give NAME=PATH"),
+        (["--run", "ours=run,run"], "run: a second time for ours"),
+        (["--run", "run", "run"], "run: a second time: give it once"),
+        (["--run", "a=run", "--compare", "a=other"], "a is a --run already: give --compare a"),
+        (["--run", "run", "other", "--compare", "none"], "none: no such file"),
+        (["--run", "run", "other", "--output", "other"], "other: holds what is read"),
+    ],
+)
+def test_several_runs_given_wrongly(files, args, message, monkeypatch, capsys):
+    monkeypatch.chdir(files)
+    with pytest.raises(SystemExit, match="2"):
+        called("--qrels", "qrels", *args)
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note:")]
+    assert len(errors) == 1 and message in errors[0] and (files / "other").read_text() == OTHER
