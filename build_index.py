@@ -189,14 +189,14 @@ def check_flags(args) -> None:
 
 def made_from(source_meta: dict, args) -> dict:
     """What the index was made from, for its meta.json: paths as seen from it."""
-    path = source_meta.get("model_path")
+    path, optional = source_meta.get("model_path"), ("tokenizer_fingerprint", "documents", "pool_factor")
     return {
         "method": args.method,
         "embeddings_fingerprint": source_meta["fingerprint"],
         "model": source_meta["model"],
         "model_fingerprint": source_meta["model_fingerprint"],
         **({"model_path": seen_from(args.output_dir, args.embedding_dir.resolve() / path)} if path else {}),
-        **{key: source_meta[key] for key in ("tokenizer_fingerprint", "documents") if key in source_meta},
+        **{key: source_meta[key] for key in optional if key in source_meta},
         **{key: source_meta[key] for key in ("passages", "embeddings", "dim")},
     }
 

@@ -32,6 +32,7 @@ def parse_args():
     parser.add_argument("--model", required=True, help="ColBERT of any layout: folder, hub name, .dnn file")
     parser.add_argument("--output_dir", type=Path, required=True, help="the embeddings folder to write or complete")
     parser.add_argument("--part_size", type=positive, default=10_000, help="passages in a part (default 10000)")
+    parser.add_argument("--pool_factor", type=positive, help="embeddings made one (default: as the model has it, or 1)")
     parser.add_argument("--bits", type=int, choices=BITS, help="compress at once, to so many bits a dimension")
     parser.add_argument("--nlist", type=positive, help="--bits: centroids (default: near 4 sqrt(embeddings))")
     parser.add_argument("--seed", type=seed, default=12345, help="--bits: of the sample that the codec is trained on")
@@ -84,7 +85,7 @@ def layout(model: ColBERT, passages: Ragged, n_passages: int, args, folder: Path
     for start in range(0, n_passages, args.part_size):
         tokens = passages.slice(start, min(n_passages, start + args.part_size))
         model.check_ids(args.tokens_dir / "passages/values.npy", tokens[0])
-        counts = model.kept_counts(*tokens)
+        counts = model.kept_counts(*tokens, args.pool_factor)
         check_counts(counts, start, args)
         offsets.append(total + np.cumsum(counts))
         total += int(counts.sum())
@@ -99,7 +100,8 @@ def layout(model: ColBERT, passages: Ragged, n_passages: int, args, folder: Path
     (folder / "codec").mkdir()
     nlist = args.nlist or default_nlist(total, MOST_CENTROIDS)
     rows = sample_passages(load_npy(folder / "offsets.npy"), nlist * PER_CENTROID, args.seed)
-    values, lengths, _ = model.embed_passages(*passages.gather(rows), args.tokens_per_batch)
+    pieces = passages.gather(rows)
+    values, lengths, _ = model.embed_passages(*pieces, args.tokens_per_batch, pool_factor=args.pool_factor)
     Codec.train(values, lengths, args.bits, nlist, args.seed, model.device).save(folder / "codec")
 
 
@@ -144,7 +146,9 @@ def embed_part(model: ColBERT, passages: Ragged, start: int, stop: int, folder: 
     tokens = passages.slice(start, stop)
     model.check_ids(args.tokens_dir / "passages/values.npy", tokens[0])
     try:
-        embeddings, counts, padding = model.embed_passages(*tokens, args.tokens_per_batch, done=done)
+        embeddings, counts, padding = model.embed_passages(
+            *tokens, args.tokens_per_batch, done=done, pool_factor=args.pool_factor
+        )
     except EmbeddingError as error:
         pid = Ids(args.tokens_dir / "pids.npy").text([start + error.passage])[0]
         raise InputError(f"{args.model}: passage {pid}: {error}") from None
@@ -210,8 +214,9 @@ def embed_missing(state, model: ColBERT, passages: Ragged, n_passages: int, args
 def check_fit(model: ColBERT, passages: Ragged, n_passages: int, tokens_meta: dict, args) -> None:
     """Raise InputError where the tokens are not this model's, or not whole, or where --bits cannot code its vectors."""
     model.check_tokens(args.model, args.tokens_dir, tokens_meta)
-    if args.bits and not model.config.normalize:
-        raise InputError(f"{args.model}: its embeddings are not of unit length, which --bits cannot code: leave it out")
+    if args.bits and not model.config.pooling(args.pool_factor).unit:
+        remedy = "give --pool_factor" if model.config.normalize else "leave it out"
+        raise InputError(f"{args.model}: its embeddings are not of unit length, which --bits cannot code: {remedy}")
     if len(passages) < n_passages:
         raise InputError(f"{args.tokens_dir}: {len(passages)} passages, {n_passages} ids: run tsv2mmap.py again")
 
@@ -224,7 +229,8 @@ def facts_of(model: ColBERT, model_print: str, tokens_meta: dict, processes: int
         "model": args.model,
         "model_fingerprint": model_print,
         "tokenizer_fingerprint": tokenizer_fingerprint(model.tokenizer),
-        "normalized": model.config.normalize,
+        "normalized": model.config.pooling(args.pool_factor).unit,
+        "pool_factor": model.config.pooling(args.pool_factor).factor,
         "model_path": seen_from(folder, args.model) if Path(args.model).exists() else None,  # on the hub
         **{key: tokens_meta[key] for key in ("documents",) if key in tokens_meta},
         "tokens_fingerprint": tokens_meta["fingerprint"],
@@ -265,6 +271,8 @@ def main(args):
     passages, pids = Ragged(args.tokens_dir / "passages", "u2 u4"), Ids(args.tokens_dir / "pids.npy", n_passages)
     check_fit(model, passages, n_passages, tokens_meta, args)
     settings = (args.bits, args.nlist, args.seed) if args.bits else ()
+    pooling = model.config.pooling(args.pool_factor)
+    settings += () if pooling == model.config.pooling() else tuple(pooling)
     source = fingerprint(model_print, tokens_meta["fingerprint"], args.part_size, *settings)
     lay_out = functools.partial(layout, model, passages, n_passages, args)
     with claim(folder, source, lay_out) if state.is_main_process else contextlib.nullcontext():

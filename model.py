@@ -206,9 +206,10 @@ class ColBERT(PreTrainedModel):
         """Which passage tokens are stored and scored (B, L): the real ones that are no punctuation."""
         return framing.kept_positions(input_ids, attention_mask, self.config)
 
-    def kept_counts(self, values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    def kept_counts(self, values: np.ndarray, lengths: np.ndarray, pool_factor: int | None = None) -> np.ndarray:
         """How many embeddings each passage will have (N,) int64, from its word pieces: values (T,), lengths (N,)."""
-        return framing.kept_counts(values, lengths, self.config, self.vocabulary)
+        counts = framing.kept_counts(values, lengths, self.config, self.vocabulary)
+        return self.config.pooling(pool_factor).counts(counts)
 
     def tokenize(self, texts: list[str], kind: str) -> tuple[np.ndarray, np.ndarray]:
         """Word-piece ids (T,) int32 and lengths (n,) of queries or passages, as `frame_queries` or `_passages` want."""
@@ -259,15 +260,16 @@ class ColBERT(PreTrainedModel):
         queries = embeddings[: scored.numel()].view(*scored.shape, -1) * scored[..., None]
         return queries, embeddings.index_select(0, slots.view(-1)).view(*slots.shape, -1)
 
-    def embed_passages(self, values, lengths, tokens_per_batch: int | None = None, fp32: bool = False, done=None):
+    def embed_passages(self, values, lengths, tokens_per_batch=None, fp32=False, done=None, pool_factor=None):
         """Embed passages given as word pieces: in batches of similar length, on a GPU packed in the order they come.
 
-        values (T,), lengths (N,). Returns embeddings (T', D) fp16 of the kept tokens in the order given, their
-        number for each passage (N,) int64, and the share of positions that were padding. fp32: compute and return that.
-        done(n) is called whenever n more embeddings are there. There is no dropout, whatever mode the model is in.
+        values (T,), lengths (N,). Returns embeddings (T', D) fp16 of the kept tokens in the order given, or of those
+        pooled (pool_factor: None as the model has it), their number for each passage (N,) int64, and the share of
+        positions that were padding. fp32: compute and return that. done(n) is called whenever n more embeddings are
+        there. There is no dropout, whatever mode the model is in.
         Raises EmbeddingError where an embedding is not finite, or not of unit length though it should be.
         """
-        return embed_passages(self, values, lengths, tokens_per_batch, fp32, done)
+        return embed_passages(self, values, lengths, tokens_per_batch, fp32, done, pool_factor)
 
     @torch.inference_mode()
     def project_on_principal(self, values: np.ndarray, lengths: np.ndarray) -> None:
@@ -340,25 +342,29 @@ class ColBERT(PreTrainedModel):
         progress: bool | None = None,
         return_tokens: bool = False,
         ragged: bool = False,
+        pool_factor: int | None = None,
     ):
         """Passage embeddings: one (Ld, D) fp16 tensor a passage, in the order given; punctuation is dropped.
 
         fp32: compute and return that. progress, return_tokens: as of `encode_queries`. ragged: return the one buffer
         that the tensors are parts of, values (T, D), and offsets (N + 1,): passage i is
-        values[offsets[i] : offsets[i + 1]]. Memory holds the result once, and a few batches beside it.
-        Raises as `encode_queries`.
+        values[offsets[i] : offsets[i + 1]]. Memory holds the result once, and a few batches beside it. pool_factor: of
+        how many embeddings one is made (default: as the model has it). Raises as `encode_queries`.
         """
         texts = check_texts(texts)
+        if return_tokens and self.config.pooling(pool_factor).factor > 1:
+            raise InputError("pooled embeddings are of several tokens each: return_tokens wants pool_factor=1")
         chunks = [texts[start : start + TEXTS_PER_CHUNK] for start in range(0, len(texts), TEXTS_PER_CHUNK)]
         pieces = [self.tokenize(chunk, "passage") for chunk in chunks or [[]]]
         values, lengths = (np.concatenate(part) for part in zip(*pieces, strict=True))  # (T',), (N,)
-        counts = self.kept_counts(values, lengths)  # (N,)
+        counts = self.kept_counts(values, lengths, pool_factor)  # (N,)
         starts, first = np.cumsum(lengths) - lengths, np.cumsum(counts) - counts
         embeddings = np.empty((counts.sum(), self.config.dim), np.float32 if fp32 else np.float16)  # (T, D)
         with progress_bar(len(texts), " passages", progress) as bar:
             for rows in length_batches(lengths + 1, 4 * most_tokens(self.device)):
                 with named("passage", rows):
-                    part = self.embed_passages(values[ranges(starts[rows], lengths[rows])], lengths[rows], fp32=fp32)
+                    pieces = values[ranges(starts[rows], lengths[rows])], lengths[rows]
+                    part = self.embed_passages(*pieces, fp32=fp32, pool_factor=pool_factor)
                 assert np.array_equal(part[1], counts[rows]), "kept tokens differ from what was counted"
                 embeddings[ranges(first[rows], counts[rows])] = part[0]
                 bar.update(len(rows))

@@ -69,12 +69,14 @@ class Index:
         keep_vectors: bool = False,
         nlist: int | None = None,
         seed: int = 12345,
+        pool_factor: int | None = None,
     ) -> "Searcher":
         """Build a compressed index in a folder, and open it.
 
         model: a folder, a name on the hub, or a ColBERT, which is saved in the index. passages: texts, taken as they
         come; ids: by default 0, 1, 2, ...; metadata: an object each or None, for filters. passage_words: texts are
-        documents, to be cut to passages doc#1, doc#2, ... of so many words. The rest: see build_index.py.
+        documents, to be cut to passages doc#1, doc#2, ... of so many words. pool_factor: see doc2embedding.py; the
+        rest: see build_index.py.
         An index that is there is replaced once the new one is whole.
         Raises InputError for what cannot be indexed; nothing is left then.
         """
@@ -90,7 +92,7 @@ class Index:
         documents = {"words": passage_words, "overlap": overlap} if passage_words else None
         passages = indexing.passages_of(passages, ids, metadata, documents)
         settings = {"bits": bits, "keep_vectors": keep_vectors, "nlist": nlist, "seed": seed}
-        indexing.build(folder, model, name, passages, documents, **settings)
+        indexing.build(folder, model, name, passages, documents, pool_factor, **settings)
         searcher = Searcher(folder)
         searcher.model = model
         return searcher
@@ -282,7 +284,8 @@ class Searcher:
     def explain(self, query: str, pids: list[str]) -> list[Explanation]:
         """Why passages score as they do: which of their tokens each query token matched (nanocolbert/explain.py).
 
-        By the vectors in the index where it keeps them, else each passage is embedded once more.
+        By the vectors in the index where it keeps them, else each passage is embedded once more: token by token, also
+        where the index pools them, so that the sum is not the score there.
         Raises InputError for a passage that is not there, or without its text.
         """
         pids = [pids] if isinstance(pids, str) else [str(pid) for pid in pids]
@@ -297,7 +300,8 @@ class Searcher:
             raise InputError(f"{self.index_dir}: keeps no texts: make it again, from tokens with --keep_texts")
         with self._lock:
             model = self.model
-        return explain_all(model, query, texts, index.vectors(rows))
+        is_pooled = self.meta.get("pool_factor", 1) > 1  # its vectors are of several tokens each
+        return explain_all(model, query, texts, None if is_pooled else index.vectors(rows))
 
     # -------------------------------------------------------------------------------------------------------- changes
     # Other processes may search, or change, the same index meanwhile: changes.py.
@@ -338,7 +342,7 @@ class Searcher:
             raise InputError(f"{self.index_dir}: keeps no texts, and no metadata: leave that out, or make it again")
         with self._lock:
             model = self.model
-        n = indexing.add(self.index_dir, model, lambda: passages, replace=replace, of_documents=bool(cut))
+        n = indexing.add(self.index_dir, model, self.meta, lambda: passages, replace=replace)
         self.reload()
         return n
 

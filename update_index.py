@@ -99,7 +99,7 @@ def main(args):
         model = ColBERT.from_pretrained(folder, device="cpu" if args.cpu else default_device())
         model.check_tokenizer(args.index_dir, meta)
         is_file = args.add.is_file()  # a pipe can be read once only
-        changed = indexing.add(args.index_dir, model, lambda: read_new(args, cut), is_file, args.replace, bool(cut))
+        changed = indexing.add(args.index_dir, model, meta, lambda: read_new(args, cut), is_file, args.replace)
     index = CompressedIndex(args.index_dir)
     return {
         "index_dir": str(args.index_dir),

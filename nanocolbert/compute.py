@@ -59,6 +59,22 @@ def bf16_pays() -> bool:
         return not is_emulated and seconds(512, torch.bfloat16) < PAYS * seconds(512, torch.float32)
 
 
+def compiled(**options) -> Callable:
+    """Compile a loop by numba so that it releases the GIL; kept on disk, where a folder can be written to.
+
+    numba takes half a second to import: a file of such loops is imported where they are needed.
+    """
+    from numba import njit
+
+    def compile(function):
+        try:
+            return njit(nogil=True, cache=True, **options)(function)
+        except RuntimeError:  # no such folder
+            return njit(nogil=True, **options)(function)
+
+    return compile
+
+
 @contextmanager
 def single_threads() -> Iterator[ThreadPoolExecutor]:
     """A pool of as many threads as PyTorch uses, each computing by itself: threads of threads wait for others."""

@@ -1,10 +1,28 @@
 """What a model's vectors follow from beside its weights, and whether word pieces that were stored fit it."""
 
+from typing import NamedTuple
+
 import numpy as np
 from transformers import AutoConfig, PreTrainedConfig
 
 from nanocolbert.cli import InputError
 from nanocolbert.text import FRAME, tokenizer_fingerprint
+
+
+class Pooling(NamedTuple):
+    """How the n vectors of a passage become fewer: the first ones, `protected`, stay, the others about 1 in `factor`.
+
+    unit: the means of the clusters are brought to unit length, as the vectors are.
+    """
+
+    factor: int = 1
+    protected: int = 1
+    unit: bool = True
+
+    def counts(self, n: np.ndarray) -> np.ndarray:
+        """How many vectors n of them become, arrays of any shape: a function of n alone, at least 1 of 1 or more."""
+        rest = np.maximum(n - self.protected, 0)
+        return n - rest + np.minimum(rest, np.maximum(rest // self.factor, 1))
 
 
 class ColBERTConfig(PreTrainedConfig):
@@ -21,6 +39,9 @@ class ColBERTConfig(PreTrainedConfig):
     query_prompt, passage_prompt: put before each text. strip_texts: white space around it is cut off.
     dense: the layers from hidden to `dim`, each the arguments of a `Dense`; None is one linear layer without bias.
     normalize: embeddings have unit length.
+    pool_factor: of how many vectors of a passage one is made (encoder/pooling.py); 1: of each its own.
+    protected_tokens: so many first tokens of a passage are left out of that.
+    normalize_pooled: the means of pooled vectors are brought to unit length.
     """
 
     model_type = "colbert"
@@ -44,6 +65,9 @@ class ColBERTConfig(PreTrainedConfig):
         strip_texts: bool = False,
         dense: list[dict] | None = None,
         normalize: bool = True,
+        pool_factor: int = 1,
+        protected_tokens: int = 1,
+        normalize_pooled: bool = True,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -64,6 +88,9 @@ class ColBERTConfig(PreTrainedConfig):
         self.strip_texts = strip_texts
         self.dense = dense
         self.normalize = normalize
+        self.pool_factor = pool_factor
+        self.protected_tokens = protected_tokens
+        self.normalize_pooled = normalize_pooled
 
     def frame(self, kind: str) -> tuple[list[int], int]:
         """The special tokens around the word pieces of a query or a passage: those before, and [SEP]."""
@@ -82,6 +109,19 @@ class ColBERTConfig(PreTrainedConfig):
     def framing(self, kind: str) -> int:
         """How many special tokens are put around a query or a passage."""
         return len(self.markers(kind)) + 2
+
+    def pooling(self, factor: int | None = None) -> Pooling:
+        """How passages are pooled: as the model is made for, or by another factor, then to unit length.
+
+        Raises InputError for a factor that is none, and where vectors of other lengths would be pooled.
+        """
+        unit = self.normalize and (factor is not None or self.pool_factor == 1 or self.normalize_pooled)
+        factor = self.pool_factor if factor is None else factor
+        if factor < 1:
+            raise InputError(f"a pool factor of {factor}: give 1 (every vector stays), or more")
+        if factor > 1 and not self.normalize:
+            raise InputError(f"a pool factor of {factor}: vectors that are not of unit length are not pooled: give 1")
+        return Pooling(factor, self.protected_tokens, unit)
 
     def texts(self) -> dict:
         """How a text is prepared before it is cut into word pieces: arguments of `prepare_texts`."""

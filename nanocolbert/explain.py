@@ -6,8 +6,9 @@
     found.matches()      # rows (query token, passage token, similarity, position); their similarities make found.score
     found.heatmap()      # the similarities, as a matplotlib figure
 
-The score is a sum over query tokens (MaxSim; paper, eq. 3), so nothing here is an approximation. The [MASK] fill of a
-query scores too (query augmentation); it is shown as one, in grey.
+The score is a sum over query tokens (MaxSim; paper, eq. 3), so nothing here is an approximation. Where a model or an
+index pools passages, a vector is of several tokens: what is explained is then the score without pooling. The [MASK]
+fill of a query scores too (query augmentation); it is shown as one, in grey.
 """
 
 import html
@@ -234,7 +235,7 @@ class Explanation:
 
 
 def explain(model, query: str, passage) -> Explanation:
-    """Explain `model.score([query], [passage])`: the embeddings and the sum are the same.
+    """Explain `model.score([query], [passage])`: the embeddings and the sum are the same, but for pooling.
 
     model: a ColBERT. passage: a text, or a Hit of Searcher. Raises InputError for a hit without a text.
     """
@@ -247,7 +248,7 @@ def explain(model, query: str, passage) -> Explanation:
 def explain_all(model, query: str, texts: list[str], vectors: list[np.ndarray] | None = None) -> list[Explanation]:
     """Explain the scores of several passages for a query.
 
-    vectors: the passages' embeddings (Ld, D) in the order of their tokens, where they are at hand.
+    vectors: the passages' embeddings (Ld, D) in the order of their tokens, where they are at hand, not pooled.
     """
     ids, _ = model.frame_queries(*model.tokenize([query], "query"))
     embedded = model.encode_queries([query])[0, : ids.shape[1]]  # (Lq, D) without the rows that pad a shorter query
@@ -257,7 +258,7 @@ def explain_all(model, query: str, texts: list[str], vectors: list[np.ndarray] |
     tokens = spell(model, query, ids[0].tolist(), "query")
     tokens = [tokens[at] for at in scored.nonzero()[:, 0].tolist()]
     if vectors is None:
-        vectors = [part.numpy() for part in model.encode_passages(texts)]
+        vectors = [part.numpy() for part in model.encode_passages(texts, pool_factor=1)]
     found = []
     for text, own in zip(texts, vectors, strict=True):
         passage_ids, mask = model.frame_passages(*model.tokenize([text], "passage"))

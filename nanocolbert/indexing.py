@@ -71,22 +71,23 @@ def checked(text, place: str) -> str:
     return text
 
 
-def embed(model, passages: Iterable[Passage]) -> Iterator[tuple]:
+def embed(model, passages: Iterable[Passage], pool_factor: int | None = None) -> Iterator[tuple]:
     """Yield (values (T, D) fp16, lengths (n,), pids, texts, metadata) of passages, block by block.
 
+    pool_factor: None as the model has it.
     Raises InputError where a passage has no embeddings, or more than a code can tell apart.
     """
     for block in batched(passages, BLOCK):
         places, pids, texts, metadata = map(list, zip(*block, strict=True))
         pieces = model.tokenize(texts, "passage")
-        check_counts(model, places, pids, pieces)
-        values, lengths, _ = model.embed_passages(*pieces)
+        check_counts(model, places, pids, pieces, pool_factor)
+        values, lengths, _ = model.embed_passages(*pieces, pool_factor=pool_factor)
         yield values, lengths, pids, texts, metadata
 
 
-def check_counts(model, places: list[str], pids: list[str], pieces) -> None:
+def check_counts(model, places: list[str], pids: list[str], pieces, pool_factor: int | None) -> None:
     """Raise InputError where a passage, of these word pieces, has no embeddings, or too many."""
-    counts = model.kept_counts(*pieces)
+    counts = model.kept_counts(*pieces, pool_factor)
     wrong = np.flatnonzero((counts < 1) | (counts >= LONGEST))
     if len(wrong):
         at = int(wrong[0])
@@ -96,11 +97,12 @@ def check_counts(model, places: list[str], pids: list[str], pieces) -> None:
         raise InputError(f"{places[at]}: passage {pids[at]} has {found}")
 
 
-def add(folder, model, read: Callable, look: bool = True, replace: bool = False, of_documents: bool = False) -> int:
-    """Embed passages and add them to an index; returns how many. replace, of_documents: see changes.add.
+def add(folder, model, meta: dict, read: Callable, look: bool = True, replace: bool = False) -> int:
+    """Embed passages and add them to an index, of this meta.json; returns how many. replace: see changes.add.
 
-    read(): yields the passages; called twice, to look first, if `look`. Raises InputError where an id comes twice or,
-    unless they are replaced, is there already, and as `embed`; the index is then as it was.
+    They are pooled as those of the index. read(): yields the passages; called twice, to look first, if `look`. Raises
+    InputError where an id comes twice or, unless they are replaced, is there already, and as `embed`; the index is then
+    as it was.
     """
 
     def check(index: CompressedIndex) -> None:
@@ -117,30 +119,34 @@ def add(folder, model, read: Callable, look: bool = True, replace: bool = False,
                 )
             if model.config.doc_maxlen >= LONGEST:
                 places, pids, texts, _ = map(list, zip(*block, strict=True))
-                check_counts(model, places, pids, model.tokenize(texts, "passage"))
+                check_counts(model, places, pids, model.tokenize(texts, "passage"), pool_factor)
 
-    return changes.add(folder, embed(model, read()), check if look else (lambda index: None), replace, of_documents)
+    pool_factor, look = meta.get("pool_factor", 1), check if look else (lambda index: None)
+    return changes.add(folder, embed(model, read(), pool_factor), look, replace, of_documents="documents" in meta)
 
 
-def build(folder, model, name: str | None, passages: Iterable[Passage], documents: dict | None, **settings) -> None:
+def build(folder, model, name: str | None, passages, documents: dict | None, pool_factor=None, **settings) -> None:
     """Build a compressed index of passages into `folder`, which appears when it is whole.
 
     name: where the model lies, or on the hub; None: it is saved within the index. documents: how documents were cut,
-    if they were, for meta.json. settings: bits, nlist, seed, keep_vectors of build_codes. Memory holds a block of
-    passages, their ids, and the sample that the codec is trained on. Raises InputError.
+    if they were, for meta.json. pool_factor: None as the model has it. settings: bits, nlist, seed, keep_vectors of
+    build_codes. Memory holds a block of passages, their ids, and the sample that the codec is trained on. Raises
+    InputError.
     """
     started = time.time()
-    if not model.config.normalize:
+    pooling = model.config.pooling(pool_factor)
+    if not pooling.unit:
         raise InputError(not_unit(name or "the model", "by its settings"))
     with publish(folder) as partial:
         source = partial / "embeddings"
-        facts = write_embeddings(source, model, passages)
+        facts = write_embeddings(source, model, passages, pool_factor)
         facts |= build_codes(partial, source, **settings)
         shutil.rmtree(source)
         if name is None:
             model.save_pretrained(partial / "model")
         facts |= {
             "method": "codes",
+            "pool_factor": pooling.factor,
             "model": name or "model",
             "model_fingerprint": model_fingerprint(name or partial / "model"),
             "tokenizer_fingerprint": tokenizer_fingerprint(model.tokenizer),
@@ -152,11 +158,11 @@ def build(folder, model, name: str | None, passages: Iterable[Passage], document
         write_meta(partial, "index", source, started, argparse.Namespace(**settings), also=CHANGING, **facts)
 
 
-def write_embeddings(folder, model, passages: Iterable[Passage]) -> dict:
+def write_embeddings(folder, model, passages: Iterable[Passage], pool_factor: int | None) -> dict:
     """Embed passages into a folder as doc2embedding.py has it; returns facts of them. InputError if none come."""
     values, ids = RaggedWriter(folder, np.float16, (model.config.dim,)), IdWriter(folder / "pids.npy")
     kept, taken = TextWriter(folder / TEXTS), {}
-    for vectors, lengths, pids, texts, metadata in embed(model, passages):
+    for vectors, lengths, pids, texts, metadata in embed(model, passages, pool_factor):
         for pid in pids:
             if pid in taken:
                 raise InputError(f"passage {len(taken)}: id {pid!r} a second time (first {taken[pid]}): leave one out")

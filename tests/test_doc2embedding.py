@@ -157,7 +157,7 @@ def test_what_cannot_be_found_or_coded_is_said_before_work(embedding_arguments, 
     monkeypatch.setattr("doc2embedding.LONGEST", 100)
     message = refused(*embedding_arguments, "--bits", 2, "--output_dir", tmp_path / "e")
     assert "passage p9 has " in message and "run tsv2mmap.py with a smaller --doc_maxlen" in message
-    monkeypatch.setattr(ColBERT, "kept_counts", lambda self, values, lengths: np.zeros(len(lengths), np.int64))
+    monkeypatch.setattr(ColBERT, "kept_counts", lambda self, values, lengths, factor: np.zeros(len(lengths), np.int64))
     message = refused(*embedding_arguments, "--output_dir", tmp_path / "e")
     assert "passage p0 has 0 embeddings" in message and "leave it out of the collection" in message
     assert not list(tmp_path.iterdir())

@@ -77,6 +77,9 @@ OWN_LATER = {
     **dict.fromkeys(("query_prompt", "passage_prompt"), is_text),
     **dict.fromkeys(("strip_texts", "normalize"), is_switch),
     "dense": are_layers,
+    "pool_factor": is_size,
+    "protected_tokens": is_count,
+    "normalize_pooled": is_switch,
 }
 
 
@@ -96,6 +99,8 @@ def own_settings(where: Path) -> dict:
     for kind, key in (("query", "query_maxlen"), ("passage", "doc_maxlen")):
         if config.pieces(kind) < 1:
             raise InputError(f"{where}: {key} {settings[key]} leaves no room for a word piece")
+    if config.pool_factor > 1 and not config.normalize:
+        raise InputError(f"{where}: pool_factor {config.pool_factor} without normalize cannot be honoured here")
     return settings
 
 

@@ -56,6 +56,7 @@ def save_pylate(model, tokenizer, path: Path) -> None:
     config, expanded = model.config, model.config.expand_queries_to
     refuse("pylate", "embeddings without unit length", config.normalize)
     refuse("pylate", f"queries filled to {expanded} of {config.query_maxlen}", expanded in (0, config.query_maxlen))
+    refuse("pylate", "pooled passages (give pool_factor to its encode)", config.pool_factor == 1)
     refuse("pylate", "another fill than [MASK]", config.mask_token_id == tokenizer.mask_token_id)
     refuse("pylate", "prompts before texts", without_prompts(model))
     save_modules(model, path, "sentence_transformers.models.Transformer", "pylate.models.Dense.Dense", [])

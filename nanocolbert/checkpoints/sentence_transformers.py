@@ -19,12 +19,14 @@ from nanocolbert.cli import InputError
 from nanocolbert.encoder.pretrained import load_config, load_tokenizer, read_settings
 from nanocolbert.storage.artifact import write_json
 
+POOLING = "HierarchicalTokenPooling"
+
 
 def read_sentence_transformers(path: Path) -> Checkpoint:
     """sentence-transformers 6: prompts as text; expansion with the Transformer, skiplist with the MultiVectorMask."""
     where = path / "config_sentence_transformers.json"
     found = check_keys(where, read_settings(where), {"prompts": {}}, [*ST_KNOWN, "default_prompt_name"])
-    modules = read_modules(path, ("Transformer", "Dense", "MultiVectorMask", "Normalize"))
+    modules = read_modules(path, ("Transformer", "Dense", "MultiVectorMask", "Normalize", POOLING))
     names = [name for name, _ in modules]
     if "Normalize" in names and "Dense" in names[names.index("Normalize") :]:
         raise InputError(f"{path / 'modules.json'}: a Dense after Normalize cannot be honoured here")
@@ -55,6 +57,7 @@ def read_sentence_transformers(path: Path) -> Checkpoint:
         settings |= {key: longest for key in ("query_maxlen", "doc_maxlen") if settings[key] is None}
     settings |= mask_settings(path, modules, tokenizer)
     settings["normalize"] = "Normalize" in names
+    settings |= pooling_settings(path, modules)
     for kind, name in (("query", "query"), ("passage", "document")):
         settings |= split_prompt(where, settings, tokenizer, kind, found["prompts"].get(name) or "")
     return with_dense(path, settings, tokenizer, modules, {"bias": True, "activation_function": "torch.nn.Tanh"})
@@ -74,6 +77,29 @@ def mask_settings(path: Path, modules, tokenizer) -> dict:
     return {"mask_punctuation": bool(ids), "skiplist": sorted(ids)}
 
 
+def pooling_settings(path: Path, modules) -> dict:
+    """How passages are pooled, by a HierarchicalTokenPooling after Normalize; means are of unit length by another."""
+    names = [name for name, _ in modules]
+    if POOLING not in names:
+        return {}
+    at = names.index(POOLING)
+    folder = modules[at][1]
+    used = {"pool_factor": 1, "num_protected_tokens": 1, "tasks": ["document"]}
+    found = check_keys(folder / "config.json", read_settings(folder / "config.json"), used)
+    must_be(folder / "config.json", found, tasks=[["document"], "document", None])
+    for key, least in (("pool_factor", 1), ("num_protected_tokens", 0)):
+        if type(found[key]) is not int or found[key] < least:
+            raise InputError(f"{folder / 'config.json'}: {key} {found[key]!r}: not a whole number from {least} on")
+    if "Normalize" not in names[:at] or set(names[at + 1 :]) - {"Normalize"}:
+        where = path / "modules.json"
+        raise InputError(f"{where}: {POOLING} can be honoured after a Normalize only, and before nothing but another")
+    return {
+        "pool_factor": found["pool_factor"],
+        "protected_tokens": found["num_protected_tokens"],
+        "normalize_pooled": "Normalize" in names[at + 1 :],
+    }
+
+
 def split_prompt(where, settings: dict, tokenizer, kind: str, prompt: str) -> dict:
     """Marker and prompt of ColBERTConfig that together are a prompt of text, which may begin with a special token."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -88,16 +114,24 @@ def split_prompt(where, settings: dict, tokenizer, kind: str, prompt: str) -> di
 
 
 def save_sentence_transformers(model, tokenizer, path: Path) -> None:
-    """modules.json of Transformer, Dense, MultiVectorMask and Normalize; markers become part of the prompts."""
+    """modules.json of Transformer, Dense, MultiVectorMask and Normalize, and of pooling where passages are pooled.
+
+    Markers become part of the prompts.
+    """
     config, base = model.config, "sentence_transformers"
     markers = {marker_of(model, kind) for kind in ("query", "passage")} - {""}
     special = [AddedToken(marker, special=True, normalized=False) for marker in sorted(markers)]
     tokenizer.add_tokens(special, special_tokens=True)  # so that they are found in a text
     mask = {"skiplist_words": skiplist_words(model, "sentence-transformers"), "skiplist_tasks": ["document"]}
-    more = [(f"{base}.multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask", mask)]
-    if config.normalize:
-        names = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
-        more.append((f"{base}.base.modules.normalize.Normalize", names))
+    own = f"{base}.multi_vector_encoder.modules"
+    more = [(f"{own}.multi_vector_mask.MultiVectorMask", mask)]
+    names = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
+    normalize = f"{base}.base.modules.normalize.Normalize", names
+    more += [normalize] if config.normalize else []
+    if config.pool_factor > 1:
+        pooling = {"pool_factor": config.pool_factor, "num_protected_tokens": config.protected_tokens}
+        more.append((f"{own}.token_pooling.{POOLING}", {**pooling, "tasks": ["document"]}))
+        more += [normalize] if config.normalize_pooled else []
     transformer, dense = f"{base}.base.modules.transformer.Transformer", f"{base}.base.modules.dense.Dense"
     save_modules(model, path, transformer, dense, more)
     expansion, expanded = None, config.expand_queries_to

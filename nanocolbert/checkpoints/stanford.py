@@ -85,6 +85,7 @@ def save_stanford(model, tokenizer, path: Path) -> None:
     config = model.config
     refuse("stanford", "more than one linear layer without bias", config.dense is None)
     refuse("stanford", "embeddings without unit length", config.normalize)
+    refuse("stanford", "pooled passages", config.pool_factor == 1)
     refuse("stanford", "queries that are not filled to query_maxlen", config.expand_queries_to == config.query_maxlen)
     refuse("stanford", "another fill than [MASK]", config.mask_token_id == tokenizer.mask_token_id)
     refuse("stanford", "prompts before texts", without_prompts(model))

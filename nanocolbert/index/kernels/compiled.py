@@ -9,24 +9,12 @@ that take it. After a change of `shuffle`, `splat` or `hold`, which two files ta
 """
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 CODEWORDS = 256  # of a part
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 ADDRESS, INT = types.intp, types.int64
-
-
-def compiled(**options):
-    """Compile a function that releases the GIL, and keep it on disk, where there is a folder that can be written to."""
-
-    def compile(function):
-        try:
-            return njit(nogil=True, cache=True, **options)(function)
-        except RuntimeError:  # no such folder
-            return njit(nogil=True, **options)(function)
-
-    return compile
 
 
 def shuffle(builder, vector, places):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from nanocolbert.index.kernels.compiled import compiled
+from nanocolbert.compute import compiled
 
 MOST_PARENTS = 256  # representatives that a byte can name
 

@@ -7,7 +7,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from nanocolbert.index.kernels.compiled import ADDRESS, CODEWORDS, F32, I32, I64, INT, compiled, hold, shuffle, splat
+from nanocolbert.compute import compiled
+from nanocolbert.index.kernels.compiled import ADDRESS, CODEWORDS, F32, I32, I64, INT, hold, shuffle, splat
 
 STRIP = 64  # codewords whose distances are in registers at a time: 8 of the 16 that AVX2 has
 GROUPED = 16  # see subtract_products

@@ -9,7 +9,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from nanocolbert.index.kernels.compiled import ADDRESS, I8, I16, I32, I64, INT, compiled, hold, splat
+from nanocolbert.compute import compiled
+from nanocolbert.index.kernels.compiled import ADDRESS, I8, I16, I32, I64, INT, hold, splat
 from nanocolbert.index.knobs import LONGEST
 
 LANES = 32  # query tokens scored at a time
