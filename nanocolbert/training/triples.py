@@ -21,13 +21,15 @@ class Triples:
         self.folder = Path(tokens_dir)
         self.passages, self.queries = Ragged(self.folder / "passages"), Ragged(self.folder / "queries")
         self.triples = load_npy(self.folder / "triples.npy", "i4", (None, None))  # (n, 2 + k)
+        scores = self.folder / "scores.npy"
+        self.scores = load_npy(scores, "f4", (None, None)) if scores.exists() else None  # (n, 1 + k)
         self.batch_size, self.shuffle_seed = batch_size, shuffle_seed
         self.epoch, self.order = -1, None
 
     def check(self) -> None:
         """Raise InputError where a triple names a query or a passage that is not there."""
         path, n_queries, n_passages = self.folder / "triples.npy", len(self.queries), len(self.passages)
-        if not len(self.triples) or self.triples.shape[1] < 3:
+        if not len(self.triples) or self.triples.shape[1] < 2:
             raise InputError(f"{path}: {self.triples.shape} holds no triples: run tsv2mmap.py again")
         for start in range(0, len(self.triples), ROWS):
             rows = self.triples[start : start + ROWS].view(np.uint32)  # below 0 is beyond all
@@ -41,16 +43,21 @@ class Triples:
 
     def rows(self, step: int) -> np.ndarray:
         """Triples (batch_size, 2 + k) of a step, counted from 0; the data starts again when it is used up."""
+        return self.triples[self._positions(step)]
+
+    def scores_of(self, step: int) -> np.ndarray | None:
+        """The teacher's scores (batch_size, 1 + k) of a step's passages, where there are any."""
+        return None if self.scores is None else self.scores[self._positions(step)]
+
+    def _positions(self, step: int) -> np.ndarray:
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         if self.shuffle_seed is None:
-            return self.triples[positions % len(self.triples)]
+            return positions % len(self.triples)
         epochs = positions // len(self.triples)
-        return np.concatenate(
-            [
-                self.triples[self._order(epoch)[positions[epochs == epoch] % len(self.triples)]]
-                for epoch in np.unique(epochs).tolist()
-            ]
-        )
+        parts = [
+            self._order(epoch)[positions[epochs == epoch] % len(self.triples)] for epoch in np.unique(epochs).tolist()
+        ]
+        return np.concatenate(parts)
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch != self.epoch:
