@@ -216,13 +216,14 @@ class ColBERT(PreTrainedModel):
         return tokenize(self.backend, prepare_texts(texts, kind, self.config.texts()), self.config.pieces(kind) + FRAME)
 
     def embed(self, texts: tuple[Tensor, Tensor] | Packed) -> Tensor:
-        """Unit token embeddings, fp32: (B, L, D) of framed texts, or (T, D) of packed ones."""
+        """Unit token embeddings, fp32 (fp64 of such weights): (B, L, D) of framed texts, or (T, D) of packed ones."""
         if isinstance(texts, Packed):
             hidden = encode_packed(self.encoder, texts)  # (T, H)
         else:
             input_ids, attention_mask = texts
             hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, L, H)
-        embeddings = self.linear(hidden).float()
+        embeddings = self.linear(hidden)
+        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         return F.normalize(embeddings, dim=-1) if self.config.normalize else embeddings
 
     def embed_queries(self, texts: tuple[Tensor, Tensor]) -> Tensor:

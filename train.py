@@ -1,4 +1,4 @@
-"""Train ColBERT on triples: softmax cross-entropy of the positive against its negatives (paper, section 3.3).
+"""Train ColBERT: by default softmax cross-entropy of a positive against its negatives (paper, section 3.3).
 
     python train.py --tokens_dir tokens --base_model bert-base-uncased --output_dir model
     accelerate launch --multi_gpu --num_processes 4 --num_machines 1 --mixed_precision no --dynamo_backend no \\
@@ -8,7 +8,7 @@ The second trains on four GPUs; the precision is train.py's own to choose, whate
 
 reads   tokens/ (tsv2mmap.py) and a Hugging Face encoder, or a ColBERT model to go on from
 writes  model/ (weights, settings and tokenizer: what ColBERT.from_pretrained opens), model/log.jsonl (one line a
-        step: loss, learning rate, gradient norm, seconds, tokens a second), model/loss.png, model/checkpoints/step-N/
+        step: losses, learning rate, gradient norm, seconds, tokens a second), model/loss.png, model/checkpoints/step-N/
         (the last few: a model folder with optimizer, scheduler and random state), model/best/ where --dev_queries is
         given
 
@@ -27,6 +27,7 @@ from nanocolbert import cli
 from nanocolbert.cli import InputError, count, first_line, not_negative_float, positive, positive_float, run_stage, seed
 
 SWITCH = argparse.BooleanOptionalAction
+LOSSES = ("softmax", "in_batch", "kl", "margin_mse", "distil")  # those of nanocolbert/training/losses.py
 NEW = {"dim": 128, "mask_punctuation": True, "projection": "orthogonal", "attention_dropout": 0.0}  # of a new ColBERT
 
 
@@ -38,9 +39,20 @@ def rate(text: str) -> float:
     return value
 
 
+def loss(text: str) -> str:
+    """NAME or NAME=WEIGHT."""
+    name, equals, weight = text.partition("=")
+    if name not in LOSSES:
+        raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(LOSSES)}, each with =WEIGHT if not 1")
+    if equals:
+        positive_float(weight)
+    return text
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_and_model(parser.add_argument_group("data and model"))
+    add_loss(parser.add_argument_group("loss"))
     add_optimisation(parser.add_argument_group("optimisation"))
     add_running(parser.add_argument_group("running"))
     add_evaluation(parser.add_argument_group("evaluation while training (reranking)"))
@@ -53,7 +65,6 @@ def add_data_and_model(group) -> None:
     group.add_argument("--output_dir", type=Path, required=True, help="the model folder to write")
     group.add_argument("--dim", type=positive, help="size of a token embedding (default 128)")
     group.add_argument("--mask_punctuation", action=SWITCH, help="drop punctuation in passages (default: yes)")
-    group.add_argument("--similarity", choices=("l2", "cosine"), default="l2", help="of the training loss (default l2)")
     group.add_argument(
         "--projection",
         choices=("orthogonal", "principal"),
@@ -68,16 +79,31 @@ def add_data_and_model(group) -> None:
     )
 
 
+def add_loss(group) -> None:
+    group.add_argument(
+        "--loss",
+        type=loss,
+        nargs="+",
+        default=["softmax"],
+        metavar="NAME[=WEIGHT]",
+        help="one, or a weighted sum: softmax over a row's passages (v1; default), in_batch: over those of all "
+        "processes' micro-batches, kl or margin_mse: of a teacher's scores of a row's passages",
+    )
+    group.add_argument("--similarity", choices=("l2", "cosine"), default="l2", help="l2 is twice cosine (default l2)")
+    group.add_argument("--temperature", type=positive_float, default=1.0, help="divides all scores (default 1)")
+    group.add_argument("--learn_temperature", action=SWITCH, default=False, help="from --temperature on (default: no)")
+    group.add_argument(
+        "--teacher_temperature",
+        type=positive_float,
+        default=0.25,
+        help="divides a teacher's scores, from 0 to 1 in each row, of kl and distil (default 0.25)",
+    )
+
+
 def add_optimisation(group) -> None:
     group.add_argument("--max_steps", type=count, default=400_000, help="optimiser steps, exactly (default 400000)")
     group.add_argument("--batch_size", type=positive, default=32, help="triples a step over all processes (default 32)")
     group.add_argument("--gradient_accumulation_steps", type=positive, default=1, help="parts a batch is computed in")
-    group.add_argument(
-        "--in_batch_negatives",
-        action=SWITCH,
-        default=False,
-        help="also take the other passages of the micro-batch as negatives (not v1)",
-    )
     group.add_argument("--lr", type=positive_float, default=3e-6, help="peak learning rate (default 3e-6)")
     group.add_argument("--warmup_steps", type=count, default=0, help="steps of linear warm-up (default 0)")
     group.add_argument(
@@ -139,17 +165,17 @@ from model import ColBERT
 from nanocolbert.checkpoints.layouts import is_colbert
 from nanocolbert.compute import COMPUTE_DTYPES, mixed_precision, own_dropout
 from nanocolbert.encoder.attention import packable
-from nanocolbert.encoder.batches import to_device
 from nanocolbert.encoder.pretrained import set_dropout
 from nanocolbert.storage.artifact import check_file, make_meta, read_meta, verify
 from nanocolbert.storage.ragged import Ragged
 from nanocolbert.training.dev_set import DevSet
 from nanocolbert.training.log import Log, read_log
-from nanocolbert.training.losses import triples_loss
+from nanocolbert.training.losses import Objective, check_losses
 from nanocolbert.training.output import check_trained, claim, keep_if_best, save_model
 from nanocolbert.training.plot import plot_loss
 from nanocolbert.training.resume import resume, run_settings, save_checkpoint
-from nanocolbert.training.triples import TOKENS_PER_BATCH, Triples, collate
+from nanocolbert.training.step import make_optimizer, micro_batches, train_step
+from nanocolbert.training.triples import Triples
 
 
 def check_args(args, accelerator: Accelerator) -> dict:
@@ -159,6 +185,7 @@ def check_args(args, accelerator: Accelerator) -> dict:
         verify(args.base_model)
     if not tokens_meta["counts"].get("triples"):
         raise InputError(f"{args.tokens_dir}: holds no triples: run tsv2mmap.py with --triples")
+    check_losses(args.loss, args.tokens_dir, tokens_meta)
     shares = accelerator.num_processes * args.gradient_accumulation_steps
     if args.batch_size % shares:
         raise InputError(
@@ -234,18 +261,6 @@ def with_dropout(model: ColBERT, dropout: float | None, attention_dropout: float
     return changed
 
 
-def make_optimizer(model: ColBERT, args):
-    """AdamW and its schedule: linear warm-up, then constant (v1) or linear decay to 0 at --max_steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-8, weight_decay=args.weight_decay, fused=True)
-
-    def factor(step: int) -> float:
-        rising = (step + 1) / (args.warmup_steps + 1)
-        falling = (args.max_steps - step) / max(1, args.max_steps - args.warmup_steps)
-        return min(rising, 1.0 if args.schedule == "constant" else max(0.0, falling))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
 def main(args):
     cli.check_launch()
     started = time.time()
@@ -272,35 +287,6 @@ def main(args):
         raise
 
 
-def micro_batches(data: Triples, step: int, model: ColBERT, accelerator: Accelerator, packed: bool) -> list[dict]:
-    """This process's part of a step's triples, in as many micro-batches as gradients are accumulated, on its device."""
-    rows, parts = data.rows(step), accelerator.gradient_accumulation_steps  # (batch_size, 2 + k)
-    shares = rows.reshape(parts, accelerator.num_processes, -1, rows.shape[1])
-    tokens_per_batch = TOKENS_PER_BATCH.get(accelerator.device.type, 1 << 14)
-    batches = [collate(data, part, model, tokens_per_batch, packed) for part in shares[:, accelerator.process_index]]
-    return to_device(batches, accelerator.device)
-
-
-def train_step(accelerator: Accelerator, wrapped, optimizer, batches: list[dict], args) -> tuple:
-    """One optimiser step over its micro-batches; returns their mean loss and the gradients' norm, on its device.
-
-    The norm is None where gradients are not clipped.
-    """
-    scale = {"l2": 2.0, "cosine": 1.0}[args.similarity]
-    total, grad_norm = torch.zeros((), device=accelerator.device), None
-    for batch in batches:
-        with accelerator.accumulate(wrapped):
-            Q, P = wrapped(**batch["inputs"])
-            loss = triples_loss(Q, P, batch["mask"], batch["passage_rows"], scale, args.in_batch_negatives)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients and args.max_grad_norm > 0:
-                grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        total += loss.detach() / len(batches)
-    return total, grad_norm
-
-
 def fit(accelerator: Accelerator, args, started: float) -> dict | None:
     """Train, and publish the model; returns what to report, in the main process."""
     tokens_meta = check_args(args, accelerator)
@@ -309,10 +295,14 @@ def fit(accelerator: Accelerator, args, started: float) -> dict | None:
     settings = run_settings(args, tokens_meta)
     own_dropout(model.train())
     dev_set = DevSet(args, model) if args.dev_queries else None
-    wrapped, optimizer, scheduler = accelerator.prepare(model, *make_optimizer(model, args))
+    temperature = {"temperature": args.temperature, "learn": args.learn_temperature}
+    objective = Objective(args.loss, args.similarity, **temperature, teacher_temperature=args.teacher_temperature)
+    objective.to(accelerator.device)
+    optimizer, scheduler = make_optimizer(model, args, objective.log_temperature)
+    wrapped, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     data = Triples(args.tokens_dir, args.batch_size, args.seed if args.shuffle else None)
     data.check()
-    step, stop = resume(accelerator, model, args, settings) if args.resume else 0, 0
+    step, stop = resume(accelerator, model, objective, args, settings) if args.resume else 0, 0
     log = Log(accelerator, args, step)
     packed = packable(model.encoder, accelerator.device, COMPUTE_DTYPES[accelerator.mixed_precision])
     compute = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
@@ -327,8 +317,8 @@ def fit(accelerator: Accelerator, args, started: float) -> dict | None:
         while step < args.max_steps and not stop:
             batches = upcoming.result()
             upcoming = loader.submit(micro_batches, data, step + 1, model, accelerator, packed)
-            loss, grad_norm = train_step(accelerator, wrapped, optimizer, batches, args)
-            log.add(loss, grad_norm, scheduler.get_last_lr()[0], sum(batch["tokens"] for batch in batches))
+            said = train_step(accelerator, wrapped, optimizer, batches, objective, args.max_grad_norm)
+            log.add(said, scheduler.get_last_lr()[0], sum(batch["tokens"] for batch in batches))
             scheduler.step()
             step += 1
 
@@ -342,7 +332,7 @@ def fit(accelerator: Accelerator, args, started: float) -> dict | None:
                 check_trained(model, step)
                 if save or stop:
                     folder = args.output_dir / "checkpoints"
-                    save_checkpoint(accelerator, model, settings, folder, step, args.keep_checkpoints)
+                    save_checkpoint(accelerator, model, objective, settings, folder, step, args.keep_checkpoints)
                 if measure and not stop:
                     keep_if_best(accelerator, model, dev_set, log, args.output_dir)
                 log.clock = time.perf_counter()  # of training alone

@@ -4,7 +4,7 @@
 
 Two ways from the same weights, with the same triples in the same order, the same loss, optimiser and schedule: `padded`
 (every passage filled to doc_maxlen, all in one batch, fp32, the attention that transformers writes in plain PyTorch)
-and `fast` (collate and train.train_step: batches of like length, bf16 autocast, our attention). The recipe is
+and `fast` (collate and train_step: batches of like length, bf16 autocast, our attention). The recipe is
 that of configs/squad.sh; each of --seeds shuffles the triples and draws the passages that the projection begins with.
 Afterwards every tenth dev question is searched among all the passages that dev questions were written from, exactly;
 both models embed as doc2embedding.py does. `p` is that of evaluate.py's randomisation test over the questions.
@@ -34,11 +34,12 @@ from nanocolbert.storage import runs
 from nanocolbert.storage.artifact import read_meta
 from nanocolbert.storage.documents import read_queries
 from nanocolbert.storage.ragged import Ids, Ragged
-from nanocolbert.training.losses import triples_loss
+from nanocolbert.training.losses import Objective
+from nanocolbert.training.step import make_optimizer, train_step
 from nanocolbert.training.triples import TOKENS_PER_BATCH, Triples, collate
 
 WAYS = ("padded", "fast")
-RECIPE = {"mask_punctuation": True, "similarity": "cosine", "in_batch_negatives": True, "dropout": 0.0}
+RECIPE = {"mask_punctuation": True, "similarity": "cosine", "loss": ["in_batch"], "dropout": 0.0}
 RECIPE |= {"attention_dropout": 0.0, "projection": "principal", "lr": 1e-4, "schedule": "linear"}
 RECIPE |= {"weight_decay": 0.0, "max_grad_norm": 2.0}
 
@@ -50,7 +51,7 @@ def padded_step(model: ColBERT, optimizer, data: Triples, rows: np.ndarray, args
     passages = frame(*data.passages.gather(passage_rows), model.config, "passage", model.config.doc_maxlen)
     numbers = torch.from_numpy(passage_rows.astype(np.int64)).view(len(rows), -1)  # (B, 2)
     Q, P = model.embed(queries), model.embed(passages)  # (B, Lq, D), (2 B, Ld, D)
-    loss = triples_loss(Q, P, model.kept(*passages), numbers, 1.0, args.in_batch_negatives)
+    loss = Objective(args.loss, args.similarity)(Q, P, model.kept(*passages), numbers)["loss"]
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     optimizer.step()
@@ -61,7 +62,7 @@ def padded_step(model: ColBERT, optimizer, data: Triples, rows: np.ndarray, args
 def run_steps(way: str, model: ColBERT, args) -> tuple[list[float], float]:
     """Train the model in place by one way; returns the loss of every step, and seconds."""
     data, losses = Triples(args.tokens_dir, args.batch_size, args.seed), []
-    optimizer, scheduler = train.make_optimizer(model.train(), args)
+    optimizer, scheduler = make_optimizer(model.train(), args)
     if way == "padded":
         model.encoder.set_attn_implementation("eager")
         wrapped = model
@@ -75,7 +76,8 @@ def run_steps(way: str, model: ColBERT, args) -> tuple[list[float], float]:
             loss = padded_step(wrapped, optimizer, data, rows, args)
         else:
             batch = collate(data, rows, model, TOKENS_PER_BATCH["cpu"], packed=False)
-            loss, _ = train.train_step(accelerator, wrapped, optimizer, [batch], args)
+            objective = Objective(args.loss, args.similarity)
+            loss = train_step(accelerator, wrapped, optimizer, [batch], objective, args.max_grad_norm)["loss"]
         scheduler.step()
         losses.append(loss.item())
         if step % 10 == 9 or step + 1 == args.max_steps:

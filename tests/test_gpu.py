@@ -15,7 +15,7 @@ from nanocolbert.index.gpu_index import GpuIndex
 from nanocolbert.maxsim import maxsim, maxsim_packed
 from nanocolbert.storage.ragged import Ragged
 from nanocolbert.training.log import read_log
-from nanocolbert.training.losses import triples_loss
+from nanocolbert.training.losses import Objective
 from nanocolbert.training.triples import Triples, collate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -31,7 +31,7 @@ def test_packed_batch(tokens_dir, model_dir, dtype):
         batch = to_device(collate(data, data.rows(0), model, 64, packed), device)
         with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
             Q, P = (part.float() for part in model(**batch["inputs"]))
-        loss = triples_loss(Q, P, batch["mask"], batch["passage_rows"], 2.0, True)
+        loss = Objective(["in_batch"])(Q, P, batch["mask"], batch["passage_rows"])["loss"]
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         results.append([Q.cpu(), P[batch["mask"]].cpu(), torch.cat([part.flatten().cpu() for part in gradients])])
     for exact, rounded, on_gpu in zip(*results, strict=True):

@@ -109,11 +109,11 @@ def test_ended_and_gone_on_with(train_arguments, tmp_path):
     assert "Signal 9 (SIGKILL) received by PID" in err
     assert "train.py: error: another process of this training has ended" in err or "train.py: ended by SIGTERM" in err
 
-    # One process goes on: without dropout and in-batch negatives it is the same run.
+    # One process goes on: without dropout it is the same run.
     last = int(list_checkpoints(folder / "checkpoints")[-1].name.removeprefix("step-"))
     flags = (*train_arguments, "--max_steps", last + TRAIN_STEPS)
-    refused = call_stage("train.py", *flags, "--output_dir", folder, "--resume", "--in_batch_negatives")
-    assert refused.returncode == 2 and "trained with in_batch_negatives False, now True" in refused.stderr
+    refused = call_stage("train.py", *flags, "--output_dir", folder, "--resume", "--loss", "in_batch")
+    assert refused.returncode == 2 and "trained with loss ['softmax'], now ['in_batch']" in refused.stderr
     succeed(call_stage("train.py", *flags, "--output_dir", folder, "--resume"))
     succeed(call_stage("train.py", *flags, "--output_dir", tmp_path / "uninterrupted"))
     assert losses(folder) == pytest.approx(losses(tmp_path / "uninterrupted"), rel=1e-3)

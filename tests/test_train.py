@@ -44,7 +44,7 @@ def test_shuffle_is_another_order_and_reproducible(model_dir, train_arguments, t
 
 
 @pytest.mark.parametrize(
-    "flags", [("--similarity", "l2"), ("--similarity", "cosine", "--in_batch_negatives", "--schedule", "linear")]
+    "flags", [("--similarity", "l2"), ("--similarity", "cosine", "--loss", "in_batch", "--schedule", "linear")]
 )
 def test_the_loss_falls(train_arguments, tmp_path, flags):
     found = train(train_arguments, tmp_path / "model", "--max_steps", 60, "--dropout", 0.1, *flags)

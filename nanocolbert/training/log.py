@@ -3,7 +3,8 @@
     {"step": 12, "loss": 0.41, "lr": 3e-06, "grad_norm": 1.8, "seconds": 0.081, "tokens_per_second": 71036.4}
     {"step": 1000, "dev_mrr@10": 0.93}
 
-lr: of this step. grad_norm: before it is clipped (left out with --max_grad_norm 0, and where it is not finite).
+loss: the weighted sum; where it is one of several, each follows as loss_NAME. lr, temperature (where it is learnt): of
+this step. grad_norm: before it is clipped (left out with --max_grad_norm 0, and where it is not finite).
 seconds, tokens_per_second: of a step by all processes; on a GPU the mean of the steps since the last write. Tokens are
 those that the encoder reads, padding aside. Logs from before these were there are read as well.
 """
@@ -32,7 +33,7 @@ class Log:
     def __init__(self, accelerator: Accelerator, args, step: int):
         self.accelerator, self.args, self.path = accelerator, args, args.output_dir / "log.jsonl"
         self.step, self.clock, self.is_first = step, time.perf_counter(), True
-        self.losses, self.grad_norms, self.rates, self.tokens = [], [], [], 0  # of the steps not yet written
+        self.steps, self.rates, self.tokens = [], [], 0  # of the steps not yet written
         self.signals = []  # that this process was sent
         self.best_mrr, self.measured = 0.0, 0  # the best MRR@10 so far, and the last step at which it was measured
         if accelerator.is_main_process:
@@ -48,11 +49,9 @@ class Log:
         show = accelerator.is_main_process
         self.bar = progress(total=args.max_steps, initial=step, show=show, desc="train", unit=" steps")
 
-    def add(self, loss: torch.Tensor, grad_norm: torch.Tensor | None, lr: float, tokens: int) -> None:
-        """Take what is known of the next step. Scalars that are tensors stay on their device for now."""
-        self.losses.append(loss)
-        if grad_norm is not None:
-            self.grad_norms.append(grad_norm)
+    def add(self, said: dict[str, torch.Tensor], lr: float, tokens: int) -> None:
+        """Take what `train_step` said of the next step, whose scalars stay on their device for now."""
+        self.steps.append(said)
         self.rates.append(lr)
         self.tokens += tokens
         self.bar.update()
@@ -60,39 +59,41 @@ class Log:
     def is_due(self) -> bool:
         """Whether losses should be written after this step: all of them, but where waiting for them costs time."""
         on_gpu = self.accelerator.device.type != "cpu"
-        return not on_gpu or (self.step + len(self.losses)) % self.args.log_steps == 0 or self.is_first
+        return not on_gpu or (self.step + len(self.steps)) % self.args.log_steps == 0 or self.is_first
 
     def flush(self) -> int:
         """Write the steps taken since the last time. Raises InputError if a loss is not finite.
 
         Returns the signal that one of the processes was sent, the same in all of them, or 0.
         """
-        losses, grad_norms, tokens, stop = self._reduce()
-        seconds, n = time.perf_counter() - self.clock, len(losses)
+        steps, tokens, stop = self._reduce()
+        seconds, n = time.perf_counter() - self.clock, len(steps)
         speed = {"seconds": round(seconds / n, 6), "tokens_per_second": round(tokens / seconds, 1)}
-        for i, loss in enumerate(losses):
+        for said, lr in zip(steps, self.rates, strict=True):
             self.step += 1
-            norm = {"grad_norm": grad_norms[i]} if grad_norms and np.isfinite(grad_norms[i]) else {}
-            self.write(step=self.step, loss=loss, lr=self.rates[i], **norm, **speed)
+            losses = {name: value for name, value in said.items() if name.startswith("loss")}
+            others = {name: value for name, value in said.items() if name not in losses and np.isfinite(value)}
+            self.write(step=self.step, **losses, lr=lr, **others, **speed)
         rate = n * self.args.batch_size / seconds
-        self.bar.set_postfix(loss=f"{np.mean(losses):.4f}", examples_per_s=f"{rate:.1f}", refresh=self.is_first)
-        means = {"loss": float(np.mean(losses)), "lr": self.rates[-1], "examples/s": rate, **speed, **norm}
-        self.accelerator.log(means, step=self.step)
-        if not np.isfinite(losses).all():
+        means = {name: float(np.mean([said[name] for said in steps])) for name in losses}
+        self.bar.set_postfix(loss=f"{means['loss']:.4f}", examples_per_s=f"{rate:.1f}", refresh=self.is_first)
+        self.accelerator.log({**means, "lr": lr, "examples/s": rate, **speed, **others}, step=self.step)
+        if not np.isfinite([said["loss"] for said in steps]).all():
             raise InputError(f"the loss is not finite by step {self.step}: lower --lr, or use --mixed_precision bf16")
-        self.losses, self.grad_norms, self.rates, self.tokens, self.is_first = [], [], [], 0, False
+        self.steps, self.rates, self.tokens, self.is_first = [], [], 0, False
         self.clock = time.perf_counter()
         return stop
 
-    def _reduce(self) -> tuple[list[float], list[float], float, int]:
-        """Losses and gradient norms, tokens of all processes, a signal that one was sent: reduced in one transfer."""
+    def _reduce(self) -> tuple[list[dict[str, float]], float, int]:
+        """What was said of the steps, tokens of all processes, a signal that one was sent: reduced in one transfer."""
         sent = [float(number in self.signals) for number in STOPS]
-        here = torch.tensor([self.tokens * self.accelerator.num_processes, *sent], device=self.losses[0].device)
-        known = [torch.stack(part) for part in (self.losses, self.grad_norms) if part]
-        found = self.accelerator.reduce(torch.cat([*known, here]), "mean").tolist()
-        n, (tokens, *sent) = len(self.losses), found[-len(here) :]
+        known = torch.stack([value for said in self.steps for value in said.values()])
+        here = torch.tensor([self.tokens * self.accelerator.num_processes, *sent], device=known.device)
+        found = self.accelerator.reduce(torch.cat([known, here]), "mean").tolist()
+        values, (tokens, *sent) = iter(found), found[-len(here) :]
+        steps = [{name: next(values) for name in said} for said in self.steps]
         stop = next((number for number, share in zip(STOPS, sent, strict=True) if share), 0)
-        return found[:n], found[n : -len(here)], tokens, stop
+        return steps, tokens, stop
 
     def write(self, **line) -> None:
         if self.accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""loss.png: the loss, the dev set's MRR@10 where it was measured, and the learning rate, of a log.jsonl."""
+"""loss.png: the loss, its terms, the dev set's MRR@10, temperature and learning rate of a log.jsonl, what there is."""
 
 from pathlib import Path
 
@@ -8,17 +8,19 @@ from nanocolbert.storage.artifact import replacing
 from nanocolbert.training.log import read_log
 
 PALE, STRONG, DEV, MUTED = "0.8", "C0", "C1", "0.45"  # colours
+THIN = {"temperature": "tempera-\nture", "lr": "learning\nrate"}
 
 
 def plot_loss(log: Path, picture: Path) -> None:
-    """Draw a log, one panel below the other over the same steps: loss, MRR@10, learning rate (thin), what there is."""
+    """Draw a log, one panel below the other over the same steps: losses, MRR@10, temperature, learning rate."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     lines = read_log(log)
-    heights = {"loss": 5, "dev_mrr@10": 2, "lr": 1}
+    terms = dict.fromkeys(key for line in lines for key in line if key.startswith("loss_"))
+    heights = {"loss": 5, **dict.fromkeys(terms, 3), "dev_mrr@10": 2, "temperature": 1, "lr": 1}
     curves = {key: np.array([(line["step"], line[key]) for line in lines if key in line]).T for key in heights}
     curves = {key: curve for key, curve in curves.items() if curve.size}
     figure, axes = plt.subplots(
@@ -31,11 +33,12 @@ def plot_loss(log: Path, picture: Path) -> None:
     )
     for axis, (key, (steps, values)) in zip(axes[:, 0], curves.items(), strict=True):
         axis.spines[["top", "right"]].set_visible(False)
-        if key == "loss":
+        if key.startswith("loss"):
+            axis.set_ylabel(f"{key.removeprefix('loss_')}\n↓ better")
             draw_loss(axis, steps, values)
-        elif key == "lr":
+        elif key in THIN:
             axis.plot(steps, values, color=MUTED, linewidth=1)
-            axis.set(ylabel="learning\nrate", ylim=(0, None))
+            axis.set(ylabel=THIN[key], ylim=(0, None))
             label(axis, steps[-1], values[-1], f"{values[-1]:.2g}", MUTED, "bottom")
         else:
             axis.plot(steps, values, ".-", color=DEV)
@@ -52,7 +55,6 @@ def draw_loss(axis, steps: np.ndarray, losses: np.ndarray) -> None:
     """The loss of every step (n,), and its running mean over a fiftieth of them."""
     window = max(1, len(losses) // 50)
     mean = np.convolve(losses, np.ones(window) / window, mode="valid")
-    axis.set_ylabel("cross-entropy\n↓ better")
     if window > 1:
         axis.plot(steps, losses, color=PALE, linewidth=0.8)
         above = losses[-1] > mean[-1]  # the two labels stand on either side of each other

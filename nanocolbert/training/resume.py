@@ -21,6 +21,8 @@ from nanocolbert.encoder.pretrained import check_weights
 from nanocolbert.storage.artifact import naming, plain_args, read_json, write_json
 from nanocolbert.storage.checksums import check_sums, sums_of
 
+# Of every run before there were these settings.
+BEFORE = {"loss": ["softmax"], "temperature": 1.0, "learn_temperature": False, "teacher_temperature": 0.25}
 PARTS = ("model.safetensors", "optimizer.bin", "scheduler.bin")  # of a checkpoint, beside each process's random states
 
 
@@ -37,7 +39,7 @@ def run_settings(args, tokens_meta: dict) -> dict:
 # -------------------------------------------------------------------------------------------------------------- saving
 
 
-def save_checkpoint(accelerator: Accelerator, model, settings: dict, folder: Path, step: int, keep: int) -> None:
+def save_checkpoint(accelerator, model, objective, settings: dict, folder: Path, step: int, keep: int) -> None:
     """Publish checkpoints/step-N: all that a resume needs, and a model folder in itself; drop the oldest."""
     final = folder / f"step-{step:07d}"
     partial = final.with_name(f"{final.name}.partial")
@@ -54,6 +56,8 @@ def save_checkpoint(accelerator: Accelerator, model, settings: dict, folder: Pat
                 model.config.save_pretrained(partial)
                 model.tokenizer.save_pretrained(partial)
                 facts = {"processes": accelerator.num_processes, "device": accelerator.device.type}
+                if objective.log_temperature is not None:
+                    facts["log_temperature"] = objective.log_temperature.item()
                 write_json(partial / "run.json", {**settings, **facts, "files": sums_of(partial)}, summed=True)
             partial.rename(final)
             for old in list_checkpoints(folder)[:-keep]:
@@ -87,11 +91,11 @@ def remove_leftovers(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ resuming
 
 
-def resume(accelerator: Accelerator, model, args, settings: dict) -> int:
+def resume(accelerator: Accelerator, model, objective, args, settings: dict) -> int:
     """Load the last checkpoint, if there is one; returns its step.
 
     Raises InputError if it is damaged, or of a run that would not go on the same: other settings, or other processes
-    where those draw their own dropout or negatives.
+    where those draw their own dropout.
     """
     checkpoints = list_checkpoints(args.output_dir / "checkpoints")
     if not checkpoints:
@@ -105,13 +109,18 @@ def resume(accelerator: Accelerator, model, args, settings: dict) -> int:
     if "files" not in saved and args.projection is None:  # flags of a new ColBERT once said nothing to one that was not
         saved |= {key: settings[key] for key in ("dim", "mask_punctuation", "projection")}
         saved |= {"dropout": None, "attention_dropout": None}
+    if saved.pop("in_batch_negatives", False):
+        saved["loss"] = ["in_batch_negatives"]  # which were others than now
+    saved = BEFORE | saved
     check_same_settings(last, saved, settings)
     if step > args.max_steps:
         raise InputError(f"{last}: already past --max_steps {args.max_steps}: give more, or another --output_dir")
     processes = saved.get("processes", max(1, len(list(last.glob("random_states_*.pkl")))))
-    check_same_draws(accelerator, last, processes, saved.get("device"), args.in_batch_negatives, drops(model))
+    check_same_draws(accelerator, last, processes, saved.get("device"), drops(model))
     load_checkpoint(accelerator, last, processes, saved.get("files", {}), remedy)
     check_weights(model, last)
+    if objective.log_temperature is not None:
+        objective.log_temperature.data.fill_(saved["log_temperature"])
     accelerator.print(f"going on after step {step}")
     return step
 
@@ -126,16 +135,19 @@ def check_same_settings(last: Path, saved: dict, settings: dict) -> None:
             )
 
 
-def check_same_draws(accelerator, last: Path, processes: int, device: str | None, in_batch: bool, drops: bool) -> None:
-    """Raise InputError where these processes would draw other dropout, or other negatives, than the checkpoint's."""
+def check_same_draws(accelerator, last: Path, processes: int, device: str | None, drops: bool) -> None:
+    """Raise InputError where these processes would draw other dropout than the checkpoint's.
+
+    Negatives are the same by any number of processes, which gather them. Of how many accumulated parts is a setting.
+    """
     was, now = f"by {processes} process(es)", f"{accelerator.num_processes}"
-    differs = processes != accelerator.num_processes and (in_batch or drops)
-    if not differs and drops and device not in (None, accelerator.device.type):
+    differs = processes != accelerator.num_processes
+    if not differs and device not in (None, accelerator.device.type):
         was, now, differs = f"on {device}", f"on {accelerator.device.type}", True
-    if differs:
+    if drops and differs:
         raise InputError(
-            f"{last}: trained {was}, now {now}, which would draw other {'dropout' if drops else 'negatives'}: go on as "
-            "it was, or give another --output_dir"
+            f"{last}: trained {was}, now {now}, which would draw other dropout: go on as it was, or give another "
+            "--output_dir"
         )
 
 

@@ -1,16 +1,27 @@
-"""The loss against plain Python."""
+"""Losses against plain Python."""
 
 import math
 
 import pytest
 import torch
 
-from nanocolbert.training.losses import triples_loss
+from nanocolbert.cli import InputError
+from nanocolbert.training.losses import LOSSES, Objective, Scores, check_losses, counted_once
+from train import LOSSES as NAMES
 
 
 def cross_entropy(logits: list[float]) -> float:
     """Of the first logit against the others."""
     return math.log(sum(math.exp(logit - logits[0]) for logit in logits))
+
+
+def divergence(logits: list[float], teacher: list[float], temperature: float) -> float:
+    """Of softmax(logits) from the teacher's scores, which are made 0 to 1 and divided by the temperature."""
+    span = max(teacher) - min(teacher) or 1
+    weights = [math.exp((score - min(teacher)) / span / temperature) for score in teacher]
+    target = [weight / sum(weights) for weight in weights]
+    log_total = math.log(sum(math.exp(logit) for logit in logits))
+    return sum(p * (math.log(p) - logit + log_total) for p, logit in zip(target, logits, strict=True))
 
 
 def l2_score(query, passage) -> float:
@@ -37,31 +48,129 @@ def batch():
     return Q, P, kept, rows
 
 
-@pytest.mark.parametrize("scale, score", [(2.0, l2_score), (1.0, dot_score)])
-def test_loss_of_triples(batch, scale, score):
-    Q, P, kept, rows = batch
+def logits_of(Q, P, kept, score, temperature: float = 1.0) -> list[list[float]]:
+    """Of every query for every passage."""
     texts = [passage[keep].tolist() for passage, keep in zip(P, kept, strict=True)]
-    expected = [cross_entropy([score(Q[b].tolist(), texts[2 * b + k]) for k in range(2)]) for b in range(3)]
-    loss = triples_loss(Q, P, kept, rows, scale, in_batch_negatives=False)
+    return [[score(query.tolist(), text) / temperature for text in texts] for query in Q]
+
+
+SIMILARITIES = pytest.mark.parametrize("similarity, score", [("l2", l2_score), ("cosine", dot_score)])
+ONCE = [[0, 1, 2, 5], [2, 0, 1, 5], [4, 1, 2, 5]]  # of the fixture: the positive, then all others, one copy of each
+
+
+@SIMILARITIES
+def test_softmax(batch, similarity, score):
+    Q, P, kept, rows = batch
+    logits = logits_of(Q, P, kept, score, 0.5)
+    expected = [cross_entropy(logits[b][2 * b : 2 * b + 2]) for b in range(3)]
+    loss = Objective(["softmax"], similarity, 0.5)(Q, P, kept, rows)["loss"]
     assert loss.item() == pytest.approx(sum(expected) / 3, rel=1e-5)
 
 
-@pytest.mark.parametrize("scale, score", [(2.0, l2_score), (1.0, dot_score)])
-def test_loss_with_in_batch_negatives(batch, scale, score):
+@SIMILARITIES
+@pytest.mark.parametrize("learn", [False, True])
+def test_in_batch(batch, similarity, score, learn):
     Q, P, kept, rows = batch
-    texts = [passage[keep].tolist() for passage, keep in zip(P, kept, strict=True)]
-    numbers, expected = rows.view(-1).tolist(), []
-    for b in range(3):
-        others = [i for i in range(6) if i != 2 * b and numbers[i] != numbers[2 * b]]
-        assert len(others) == (5 if b == 1 else 3)
-        expected.append(cross_entropy([score(Q[b].tolist(), texts[i]) for i in [2 * b, *others]]))
-    loss = triples_loss(Q, P, kept, rows, scale, in_batch_negatives=True)
-    assert loss.item() == pytest.approx(sum(expected) / 3, rel=1e-5)
+    logits = logits_of(Q, P, kept, score, 0.5)
+    expected = [cross_entropy([logits[b][i] for i in ONCE[b]]) for b in range(3)]
+    objective = Objective(["in_batch"], similarity, 0.5, learn)
+    assert objective(Q, P, kept, rows)["loss"].item() == pytest.approx(sum(expected) / 3, rel=1e-5)
+    (part,) = [objective(Q[1:2], P, kept, rows, first=1)["loss"]]  # of one process's query
+    assert part.item() == pytest.approx(expected[1], rel=1e-5)
 
 
-def test_loss_with_more_negatives(batch):
+def test_more_negatives(batch):
     Q, P, kept, _ = batch
     rows = torch.arange(6).view(2, 3)
-    texts = [passage[keep].tolist() for passage, keep in zip(P, kept, strict=True)]
-    expected = [cross_entropy([dot_score(Q[b].tolist(), texts[3 * b + k]) for k in range(3)]) for b in range(2)]
-    assert triples_loss(Q[:2], P, kept, rows, 1.0, False).item() == pytest.approx(sum(expected) / 2, rel=1e-5)
+    logits = logits_of(Q, P, kept, dot_score)
+    expected = [cross_entropy(logits[b][3 * b : 3 * b + 3]) for b in range(2)]
+    assert Objective(["softmax"], "cosine")(Q[:2], P, kept, rows)["loss"].item() == pytest.approx(sum(expected) / 2)
+
+
+def test_a_positive_alone(batch):
+    Q, P, kept, _ = batch
+    rows = torch.tensor([[7], [9], [7]])
+    logits = logits_of(Q, P[::2], kept[::2], dot_score)
+    expected = [cross_entropy([logits[b][i] for i in others]) for b, others in enumerate(([0, 1], [1, 0], [2, 1]))]
+    loss = Objective(["in_batch"], "cosine")(Q, P[::2], kept[::2], rows)["loss"]
+    assert loss.item() == pytest.approx(sum(expected) / 3, rel=1e-5)
+
+
+def test_teachers(batch):
+    """KL, MarginMSE and KL over the batch; a teacher that scores all alike is uniform. A sum says its terms."""
+    Q, P, kept, _ = batch
+    rows, teacher = torch.arange(6).view(2, 3), torch.tensor([[9.0, -2.0, 4.0], [5.0, 5.0, 5.0]])
+    logits, scores = logits_of(Q[:2], P, kept, dot_score), teacher.tolist()
+    own = [logits[b][3 * b : 3 * b + 3] for b in range(2)]
+    expected = {"kl": sum(divergence(own[b], scores[b], 0.3) for b in range(2)) / 2}
+    margins = [own[b][0] - own[b][k] - scores[b][0] + scores[b][k] for b in range(2) for k in (1, 2)]
+    expected["margin_mse"] = sum(margin**2 for margin in margins) / 4
+    all_scores = torch.arange(12.0).view(2, 6) ** 2
+    expected["distil"] = sum(divergence(logits[b], all_scores[b].tolist(), 0.3) for b in range(2)) / 2
+    objective = Objective(["kl=2", "margin_mse", "distil=0.5"], "cosine", teacher_temperature=0.3)
+    found = objective(Q[:2], P, kept, rows, 0, teacher, all_scores)
+    assert list(found) == ["loss", "loss_kl", "loss_margin_mse", "loss_distil"]
+    for name, value in expected.items():
+        assert found[f"loss_{name}"].item() == pytest.approx(value, rel=1e-4), name
+    total = 2 * expected["kl"] + expected["margin_mse"] + expected["distil"] / 2
+    assert found["loss"].item() == pytest.approx(total, rel=1e-4)
+
+
+def test_distilled_passages_count_once(batch):
+    Q, P, kept, rows = batch
+    teacher = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    teacher[:, 3:5] = 99.0  # of copies, but for the third query's positive
+    teacher[2, 4] = 0.0
+    logits = logits_of(Q, P, kept, dot_score)
+    expected = [divergence([logits[b][i] for i in at], teacher[b, at].tolist(), 0.25) for b, at in enumerate(ONCE)]
+    queries = Q.requires_grad_()
+    loss = Objective(["distil"], "cosine")(queries, P, kept, rows, teacher_all=teacher)["loss"]
+    assert loss.item() == pytest.approx(sum(expected) / 3, rel=1e-5)
+    loss.backward()
+    assert queries.grad.isfinite().all() and queries.grad.abs().sum() > 0
+
+
+def test_counted_once():
+    rows = torch.tensor([[5, 1], [2, 5], [5, 2], [3, 1]])
+    for first, B in ((0, 4), (1, 2)):
+        found = counted_once(rows, first, B)
+        for b in range(B):
+            positive, seen, numbers = 2 * (first + b), set(), rows.flatten().tolist()
+            for column, number in enumerate(numbers):
+                counts = column == positive or (number != numbers[positive] and number not in seen)
+                assert found[b, column] == counts, (b, column)
+                seen.add(number)
+
+
+def test_the_temperature_learns():
+    objective = Objective(["softmax"], "cosine", 2.0, learn=True)
+    (weight,) = objective.parameters()
+    objective(
+        torch.ones(1, 1, 1),
+        torch.tensor([[[1.0]], [[0.5]]]),
+        torch.ones(2, 1, dtype=torch.bool),
+        torch.tensor([[0, 1]]),
+    )["loss"].backward()
+    assert objective.temperature.item() == pytest.approx(2) and weight.grad > 0  # lower: the positive is ahead
+    assert not list(Objective(["softmax"]).parameters())
+
+
+@pytest.mark.parametrize(
+    "losses, meta, said",
+    [
+        (["kl"], {}, "--loss kl: tokens has no teacher's scores"),
+        (["margin_mse=2"], {"scored": False}, "--loss margin_mse: tokens has no teacher's scores"),
+        (["softmax"], {"passages_per_query": 1}, "--loss softmax: tokens has one passage a query: take in_batch"),
+        (["in_batch", "kl"], {"passages_per_query": 1, "scored": True}, "--loss kl: tokens has one passage a query"),
+        (["kl", "kl=2"], {"scored": True}, "--loss kl kl=2: kl is there twice"),
+    ],
+)
+def test_what_a_loss_needs(losses, meta, said):
+    with pytest.raises(InputError, match=said):
+        check_losses(losses, "tokens", meta)
+
+
+def test_all_losses_are_known():
+    assert tuple(LOSSES) == NAMES and Scores.__dataclass_fields__.keys() >= {"own", "all", "teacher", "teacher_all"}
+    check_losses(["in_batch"], "tokens", {"passages_per_query": 1})
+    check_losses(["softmax", "kl=0.5", "margin_mse"], "tokens", {"passages_per_query": 3, "scored": True})

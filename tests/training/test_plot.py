@@ -8,15 +8,17 @@ import pytest
 from nanocolbert.training.plot import plot_loss
 
 STEPS = [{"step": step, "loss": 1 / step, "lr": 1e-3} for step in range(1, 201)]
+TERMS = [{"step": n, "loss": 1, "loss_kl": 0.2, "loss_in_batch": 0.8, "lr": 1e-3, "temperature": 1} for n in (1, 2)]
 DEV = [{"step": step, "dev_mrr@10": 0.5} for step in (100, 200)]
 
 
 @pytest.mark.parametrize(
     "lines, panels",
     [
-        ([{"step": 1, "loss": 0.5}], ["cross-entropy\n↓ better"]),
-        (STEPS, ["cross-entropy\n↓ better", "learning\nrate"]),
-        (STEPS + DEV, ["cross-entropy\n↓ better", "MRR@10\n↑ better", "learning\nrate"]),
+        ([{"step": 1, "loss": 0.5}], ["loss\n↓ better"]),
+        (STEPS, ["loss\n↓ better", "learning\nrate"]),
+        (TERMS, ["loss\n↓ better", "kl\n↓ better", "in_batch\n↓ better", "tempera-\nture", "learning\nrate"]),
+        (STEPS + DEV, ["loss\n↓ better", "MRR@10\n↑ better", "learning\nrate"]),
     ],
 )
 def test_panels(tmp_path, monkeypatch, lines, panels):
@@ -33,5 +35,5 @@ def test_panels(tmp_path, monkeypatch, lines, panels):
     assert [axis.get_ylabel() for axis in figure.axes] == panels and figure.axes[-1].get_xlabel() == "step"
     assert figure.axes[0].get_title(loc="left") == "training of run/model"
     ends = [text.get_text() for axis in figure.axes for text in axis.texts]
-    if len(lines) > 1:
+    if lines[: len(STEPS)] == STEPS:
         assert ends[:2] == ["one step", "mean of 4\n0.005"] and ends[-1] == "0.001"

@@ -25,7 +25,8 @@ from nanocolbert.compute import mixed_precision
 from nanocolbert.storage.artifact import SUM, read_json, verify
 from nanocolbert.storage.checksums import check_sums
 from nanocolbert.training.log import Log, read_log
-from nanocolbert.training.resume import check_same_draws, list_checkpoints, save_checkpoint
+from nanocolbert.training.losses import Objective
+from nanocolbert.training.resume import BEFORE, check_same_draws, list_checkpoints, save_checkpoint
 
 PARTS = ("model.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "run.json")
 
@@ -42,8 +43,8 @@ def stopped(train_arguments, tmp_path_factory) -> Path:
 def as_before(checkpoint: Path) -> None:
     """Make a checkpoint one from before there were checksums."""
     saved = json.loads((checkpoint / "run.json").read_text())
-    new = ("files", "processes", "device", SUM)
-    (checkpoint / "run.json").write_text(json.dumps({key: saved[key] for key in saved if key not in new}))
+    old = {key: saved[key] for key in saved if key not in ("files", "processes", "device", SUM, *BEFORE)}
+    (checkpoint / "run.json").write_text(json.dumps({**old, "in_batch_negatives": False}))
 
 
 def cut(path: Path) -> None:
@@ -117,7 +118,7 @@ class Stopping(Log):
 
     def add(self, *step):
         super().add(*step)
-        if self.step + len(self.losses) == 5:
+        if self.step + len(self.steps) == 5:
             self.signals.append(self.number)
 
 
@@ -213,17 +214,15 @@ def test_nothing_pickled_is_run(stopped, train_arguments, tmp_path, monkeypatch)
 
 
 def test_other_processes_or_devices_are_another_run():
-    def check(processes, device, in_batch, drops, now=2):
-        device_now = torch.device("cpu")
-        accelerator = SimpleNamespace(num_processes=now, device=device_now)
-        check_same_draws(accelerator, Path("step-1"), processes, device, in_batch, drops)
+    def check(processes, device, drops):
+        accelerator = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+        check_same_draws(accelerator, Path("step-1"), processes, device, drops)
 
-    for same in ((2, "cpu", True, True), (2, None, True, True), (1, "cuda", False, False), (4, "cpu", False, False)):
+    for same in ((2, "cpu", True), (2, None, True), (1, "cuda", False), (4, "cpu", False)):
         check(*same)
     for other, said in (
-        ((1, "cpu", True, False), r"trained by 1 process\(es\), now 2, which would draw other negatives"),
-        ((4, None, False, True), r"trained by 4 process\(es\), now 2, which would draw other dropout"),
-        ((2, "cuda", False, True), "trained on cuda, now on cpu, which would draw other dropout"),
+        ((4, None, True), r"trained by 4 process\(es\), now 2, which would draw other dropout"),
+        ((2, "cuda", True), "trained on cuda, now on cpu, which would draw other dropout"),
     ):
         with pytest.raises(InputError, match=said):
             check(*other)
@@ -285,10 +284,10 @@ class OneProcess:
 def test_a_checkpoint_is_whole_or_none(encoder_dir, tmp_path):
     model, folder = ColBERT.from_base(encoder_dir, dim=4), tmp_path / "checkpoints"
     for step in (1, 2):
-        save_checkpoint(OneProcess(), model, {}, folder, step, 2)
+        save_checkpoint(OneProcess(), model, Objective(), {}, folder, step, 2)
     whole, steps = list_checkpoints(folder), itertools.count(3)
     for n in range(99):
-        ended = killed_at(n, lambda: save_checkpoint(OneProcess(), model, {}, folder, next(steps), 2))
+        ended = killed_at(n, lambda: save_checkpoint(OneProcess(), model, Objective(), {}, folder, next(steps), 2))
         if list_checkpoints(folder)[-1] != whole[-1]:
             next(steps)
         whole = list_checkpoints(folder)

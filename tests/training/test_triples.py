@@ -6,7 +6,7 @@ import torch
 
 from model import ColBERT
 from nanocolbert.cli import InputError
-from nanocolbert.training.losses import triples_loss
+from nanocolbert.training.losses import Objective
 from nanocolbert.training.triples import Triples, collate
 
 
@@ -32,7 +32,7 @@ def test_packed_and_padded_gradients_agree(tokens_dir, model_dir):
     gradients = []
     for packed in (False, True):
         batch = collate(data, data.rows(1), model, 64, packed)
-        loss = triples_loss(*model(**batch["inputs"]), batch["mask"], batch["passage_rows"], 2.0, True)
+        loss = Objective(["in_batch"])(*model(**batch["inputs"]), batch["mask"], batch["passage_rows"])["loss"]
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
     for padded, packed in zip(*gradients, strict=True):
         assert torch.allclose(padded, packed, atol=1e-5), (padded - packed).abs().max()

@@ -1,0 +1,106 @@
+"""One optimiser step: what this process computes of it, the losses over all processes' passages, the gradients."""
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from nanocolbert.encoder.batches import to_device
+from nanocolbert.training.losses import Objective
+from nanocolbert.training.triples import TOKENS_PER_BATCH, Triples, collate
+
+FASTER = 10  # times the model's learning rate is a temperature's: a thousand steps at 1e-4 may change it threefold
+
+
+def make_optimizer(model, args, temperature: torch.nn.Parameter | None = None):
+    """AdamW and its schedule: linear warm-up, then constant (v1) or linear decay to 0 at --max_steps.
+
+    temperature: is learnt beside the model, where there is one.
+    """
+    groups = [{"params": list(model.parameters())}]
+    if temperature is not None:
+        groups.append({"params": [temperature], "lr": FASTER * args.lr, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=1e-8, weight_decay=args.weight_decay, fused=True)
+
+    def factor(step: int) -> float:
+        rising = (step + 1) / (args.warmup_steps + 1)
+        falling = (args.max_steps - step) / max(1, args.max_steps - args.warmup_steps)
+        return min(rising, 1.0 if args.schedule == "constant" else max(0.0, falling))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def micro_batches(data: Triples, step: int, model, accelerator: Accelerator, packed: bool) -> list[dict]:
+    """This process's part of a step's triples, in as many micro-batches as gradients are accumulated, on its device."""
+    parts, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
+    tokens_per_batch = TOKENS_PER_BATCH.get(accelerator.device.type, 1 << 14)
+
+    def own(rows):
+        """(batch_size, n) to this process's (parts, B, n)."""
+        return rows.reshape(parts, processes, -1, rows.shape[1])[:, accelerator.process_index]
+
+    batches = [collate(data, rows, model, tokens_per_batch, packed) for rows in own(data.rows(step))]
+    scores = data.scores_of(step)  # (batch_size, K)
+    for batch, teacher in zip(batches, own(scores) if scores is not None else [], strict=False):
+        batch["teacher"] = torch.from_numpy(teacher)
+    return to_device(batches, accelerator.device)
+
+
+def train_step(accelerator: Accelerator, wrapped, optimizer, batches, objective: Objective, max_norm: float) -> dict:
+    """One optimiser step over its micro-batches; returns what the log says of it, scalars on the device.
+
+    "loss", "loss_NAME" of each where they are several: means over the micro-batches. "grad_norm" before gradients are
+    clipped, unless max_norm is 0. "temperature" where it is learnt.
+    """
+    said = {"temperature": objective.temperature.detach()} if objective.log_temperature is not None else {}
+    for batch in batches:
+        with accelerator.accumulate(wrapped):
+            losses = losses_of(accelerator, objective, *wrapped(**batch["inputs"]), batch)
+            accelerator.backward(losses["loss"])
+            if accelerator.sync_gradients:
+                mean_gradient(accelerator, objective.log_temperature)
+                if max_norm > 0:
+                    said["grad_norm"] = accelerator.clip_grad_norm_(wrapped.parameters(), max_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, loss in losses.items():
+            said[name] = said.get(name, 0) + loss.detach() / len(batches)
+    return said
+
+
+def losses_of(accelerator: Accelerator, objective: Objective, Q: Tensor, P: Tensor, batch: dict) -> dict[str, Tensor]:
+    """The losses of this process's queries (B, Lq, D), over all processes' passages (N, Ld, D) where one needs them."""
+    mask, rows, first = batch["mask"], batch["passage_rows"], 0
+    if objective.looks_at_all and accelerator.num_processes > 1:
+        first = accelerator.process_index * len(rows)
+        width = int(accelerator.reduce(torch.tensor(P.shape[1], device=P.device), "max"))
+        P, mask = Gathered.apply(widened(P, width), accelerator), accelerator.gather(widened(mask, width))
+        rows = accelerator.gather(rows)
+    return objective(Q, P, mask, rows, first, batch.get("teacher"), batch.get("teacher_all"))
+
+
+def widened(tensor: Tensor, width: int) -> Tensor:
+    """(N, L, ...) filled with zeros to (N, width, ...)."""
+    return torch.nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, width - tensor.shape[1]))
+
+
+class Gathered(torch.autograd.Function):
+    """The tensors (n, ...) of all processes, one after the other: (processes * n, ...).
+
+    Its gradient is the sum of those that all processes have for it.
+    """
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, accelerator: Accelerator) -> Tensor:
+        ctx.accelerator = accelerator
+        return accelerator.gather(tensor)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grads = ctx.accelerator.reduce(grad, "sum").chunk(ctx.accelerator.num_processes)
+        return grads[ctx.accelerator.process_index], None
+
+
+def mean_gradient(accelerator: Accelerator, weight: Tensor | None) -> None:
+    """Give a weight outside of the model, where there is one, the mean of all processes' gradients of it."""
+    if weight is not None and weight.grad is not None:
+        weight.grad = accelerator.reduce(weight.grad, "mean")
