@@ -207,17 +207,21 @@ class OwnSimilarity:
 
         def run(rows) -> object:
             batch = pad(framed, rows, {"input_ids": self.special["pad_token_id"]})
-            real = batch["attention_mask"].bool()
-            with autocast(self.device, self.fp32):
-                if packable(self.encoder, self.device, compute_dtype(self.device)):
-                    packed = pack((batch["input_ids"], batch["attention_mask"], real))
-                    hidden = encode_packed(self.encoder, to_device(packed, self.device)).float()  # (T, H)
-                else:
-                    padded = self.encoder(**to_device(batch, self.device)).last_hidden_state.float()  # (B, L, H)
-                    hidden = padded[real.to(self.device)]
-            return then(rows, [self.vectors(states) for states in hidden.split(real.sum(1).tolist())])
+            return then(rows, [self.vectors(states) for states in self.states(**batch)])
 
         return by_batches(framed, self.device, run)
+
+    def states(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        """The last hidden states (L, H) fp32 of each of some framed texts, (B, L) each; no gradients are kept."""
+        real = attention_mask.bool()
+        with torch.inference_mode(), autocast(self.device, self.fp32):
+            if packable(self.encoder, self.device, compute_dtype(self.device)):
+                packed = pack((input_ids, attention_mask, real))
+                hidden = encode_packed(self.encoder, to_device(packed, self.device)).float()  # (T, H)
+            else:
+                batch = to_device({"input_ids": input_ids, "attention_mask": attention_mask}, self.device)
+                hidden = self.encoder(**batch).last_hidden_state.float()[real.to(self.device)]
+        return hidden.split(real.sum(1).tolist())
 
     def vectors(self, states: Tensor) -> tuple[Tensor, ...]:
         """Unit vectors of a text, from its hidden states (L, H): their mean (1, H), they themselves (L, H), or both."""

@@ -1,0 +1,72 @@
+"""Distilling an encoder's own similarity: while a model is trained, the frozen encoder that it began as scores the batch.
+
+What a short training loses first is what the encoder knew. It is the target of the loss `distil`: of each query the
+similarity to all passages of the batch, those of other processes too. It needs no judgments, and takes any texts.
+
+Shapes: B queries of this process, N passages of all, L tokens at most, H hidden.
+"""
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from nanocolbert.compute import map_alone
+from nanocolbert.encoder.batches import most_tokens
+from nanocolbert.maxsim import maxsim
+from nanocolbert.storage.ragged import length_batches
+from nanocolbert.training.teachers import EVEN, OwnSimilarity
+
+Framed = tuple[np.ndarray, np.ndarray]  # word pieces (T,), lengths (n,)
+
+
+class Distillation:
+    """Scores of a batch by an encoder's own similarity. Its word pieces are those of the model that is trained."""
+
+    def __init__(self, teacher: OwnSimilarity, accelerator: Accelerator, gather):
+        """gather(tensor (n, L, ...)): those of all processes, one after the other."""
+        self.teacher, self.accelerator, self.gather = teacher, accelerator, gather
+
+    def embed(self, values: np.ndarray, lengths: np.ndarray) -> list[tuple[Tensor, Tensor]]:
+        """Unit vectors (n, L, H) of word pieces, and their mask (n, L), for each similarity that is added up.
+
+        values (T,), lengths (n,): one text after the other, cut to what the teacher takes.
+        """
+        special, most = self.teacher.special, self.teacher.max_tokens - 2
+        first, last = special["cls_token_id"], special["sep_token_id"]
+        pieces = np.split(values.astype(np.int64), np.cumsum(lengths)[:-1])
+        ids = [torch.from_numpy(np.concatenate([[first], part[:most], [last]])) for part in pieces]
+        groups = length_batches(np.array([len(part) for part in ids]), most_tokens(self.teacher.device))
+
+        def states(rows) -> tuple[Tensor, ...]:
+            batch = pad_sequence([ids[row] for row in rows], True, special["pad_token_id"])
+            real = torch.arange(batch.shape[1]) < torch.tensor([len(ids[row]) for row in rows])[:, None]
+            return self.teacher.states(batch, real.long())
+
+        found = [()] * len(ids)
+        for rows, part in zip(groups, map_alone(states, groups, device=self.teacher.device), strict=True):
+            for row, of_text in zip(rows, part, strict=True):
+                found[row] = self.teacher.vectors(of_text)
+        return [padded(vectors) for vectors in zip(*found, strict=True)]
+
+    @torch.no_grad()
+    def score(self, queries: Framed, passages: Framed) -> Tensor:
+        """The teacher's scores (B, N) fp32: several similarities are standardised over each query's passages, and added."""
+        total = 0
+        for (Q, _), (P, mask) in zip(self.embed(*queries), self.embed(*passages), strict=True):
+            if self.accelerator.num_processes > 1:
+                P, mask = self.gather(P), self.gather(mask)
+            scores = maxsim(Q, P, mask)
+            if self.teacher.similarity == "sum":
+                deviation = scores.std(1, correction=0, keepdim=True).clamp_min(EVEN)
+                scores = (scores - scores.mean(1, keepdim=True)) / deviation
+            total = total + scores
+        return total
+
+
+def padded(vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(L, H) of each of n texts as (n, L, H) and its mask (n, L)."""
+    lengths = torch.tensor([len(part) for part in vectors], device=vectors[0].device)
+    filled = pad_sequence(vectors, batch_first=True)
+    return filled, torch.arange(filled.shape[1], device=filled.device) < lengths[:, None]

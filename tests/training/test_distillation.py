@@ -1,0 +1,40 @@
+"""An encoder's own similarity of a batch equals what its teacher says of one pair of texts after the other."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from nanocolbert.text import FRAME, tokenize
+from nanocolbert.training import distillation
+from nanocolbert.training.distillation import Distillation
+from nanocolbert.training.teachers import SIMILARITIES, load_teacher, score_rows
+
+QUERIES = ["the old boat", "eagle?", "find a new house near the drum"]
+PASSAGES = ["a boat, and a house!", "eagle", "grape [SEP] flute", "cloud " * 40, "the drum; (old) -- apple's"]
+
+
+def pieces(teacher, texts):
+    return tokenize(teacher.backend, texts, teacher.max_tokens - 2 + FRAME)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_scores_equal_those_of_pairs(encoder_dir, similarity, monkeypatch):
+    monkeypatch.setattr(distillation, "most_tokens", lambda device: 40)
+    teacher = load_teacher(encoder_dir, similarity, max_tokens=24, fp32=True)
+    found = Distillation(teacher, SimpleNamespace(num_processes=1), None).score(
+        pieces(teacher, QUERIES), pieces(teacher, PASSAGES)
+    )
+    wanted = np.stack(score_rows(teacher, [(query, PASSAGES) for query in QUERIES]))
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-4, atol=1e-4)
+    assert not found.requires_grad
+
+
+def test_longer_texts_are_cut_and_processes_see_all_passages(encoder_dir):
+    teacher = load_teacher(encoder_dir, "maxsim", max_tokens=8, fp32=True)
+    long, short = (np.arange(20, 40), np.array([20])), (np.arange(20, 26), np.array([6]))
+    alone = Distillation(teacher, SimpleNamespace(num_processes=1), None)
+    torch.testing.assert_close(alone.score(long, long), alone.score(short, short))
+    twice = Distillation(teacher, SimpleNamespace(num_processes=2), lambda tensor: torch.cat([tensor, tensor]))
+    torch.testing.assert_close(twice.score(long, long), alone.score(long, long).repeat(1, 2))
