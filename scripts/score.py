@@ -10,7 +10,7 @@ writes  the same rows in their order as [qid, [pid, score], ...], a line of JSON
 
 The teacher is a cross-encoder, a ColBERT of any layout, or any encoder, which then compares texts by its own vectors
 (--similarity): its files tell which. All rows are looked at before the teacher is loaded. Memory does not grow with the
-rows, nor with the collection but for 16 bytes a passage: its texts lie, meanwhile, in a folder beside the output.
+rows, nor with the collection but for 8 bytes a passage: its texts lie, meanwhile, in a folder beside the output.
 A text is embedded once for all rows of 1,024. An encoder takes as long as embedding, a cross-encoder one pass a pair.
 """
 

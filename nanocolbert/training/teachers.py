@@ -22,7 +22,7 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, 
 from nanocolbert.cli import InputError
 from nanocolbert.compute import default_device, fast_dtype, map_alone
 from nanocolbert.encoder.attention import compute_dtype, encode_packed, pack, packable
-from nanocolbert.encoder.batches import most_tokens, to_device
+from nanocolbert.encoder.batches import to_device, tokens_per_batch
 from nanocolbert.encoder.pretrained import (
     check_folder,
     check_vocabulary,
@@ -108,7 +108,7 @@ def pad(framed: dict[str, list], rows: np.ndarray, fill: dict[str, int]) -> dict
 def by_batches(framed: dict[str, list], device, function: Callable) -> Iterator[tuple[np.ndarray, object]]:
     """Yield (rows, function(rows)) of batches of like length, which threads share on a CPU. No gradients are kept."""
     lengths = np.array([len(ids) for ids in framed["input_ids"]], np.int64)
-    batches = length_batches(lengths, most_tokens(device))
+    batches = length_batches(lengths, tokens_per_batch(device, int(lengths.sum())))
     yield from zip(batches, map_alone(torch.inference_mode()(function), batches, device=device), strict=True)
 
 

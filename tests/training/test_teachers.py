@@ -60,7 +60,7 @@ def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teachers, "most_tokens", lambda device: 40)
+        patch.setattr(teachers, "tokens_per_batch", lambda device, total: 40)
         yield
     torch.set_num_threads(before)
 
