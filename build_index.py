@@ -39,7 +39,7 @@ def parse_args():
     parser.add_argument(
         "--nlist", type=positive, help="inverted lists (default: the power of two near 4 sqrt(embeddings))"
     )
-    parser.add_argument("--m", type=positive, help="ivfpq: bytes of an embedding's code (default 16)")
+    parser.add_argument("--m", type=positive, help="ivfpq: bytes of an embedding's code (default: 16, or a divisor)")
     parser.add_argument("--nbits", type=positive, help="ivfpq: bits of a sub-quantiser (default 8, fewer if tiny)")
     parser.add_argument("--sample", type=positive, help="embeddings to train on (default: 40 a centroid)")
     parser.add_argument("--seed", type=seed, default=12345, help="of the sample and of k-means")

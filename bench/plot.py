@@ -2,10 +2,11 @@
 
 reads   results/bench/*.jsonl: the last line of each benchmark that was measured on --device
 writes  results/bench/speed.png: how many times as fast we are, stage by stage; search.png: recall and time of search
-        engines, where they were measured. What was not measured is left out.
+        engines; pooling.png: quality against bytes of pooled passages. What was not measured is left out.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -168,6 +169,32 @@ def draw_search(args) -> Path | None:
     return save(figure, args, "search")
 
 
+def draw_pooling(args) -> Path | None:
+    """nDCG@10 against bytes a passage: a line for each model and width of codes, a point for each pool factor."""
+    line = last_line(args, "pooling")
+    if not line:
+        return None
+    figure, axis = plt.subplots(figsize=(7.2, 4.6))
+    rows = line["rows"]
+    models, widths = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "bits"))
+    for model, bits in itertools.product(models, widths):
+        here = [row for row in rows if (row["model"], row["bits"]) == (model, bits)]
+        points = [(row["bytes_per_passage"], row["ndcg_at_10"]) for row in here]
+        name = "fp16 vectors" if bits == 16 else f"{bits} bit" + "s" * (bits > 1)
+        look = {"color": f"C{widths.index(bits)}", "linestyle": ("-", "--", ":", "-.")[models.index(model) % 4]}
+        axis.plot(*zip(*points, strict=True), marker="o", label=name + f", {model}" * (len(models) > 1), **look)
+        for row, point in zip(here, points, strict=True):
+            axis.annotate(f"{row['factor']}", point, (3, 4), textcoords="offset points", fontsize=8)
+    axis.set_xscale("log")
+    axis.set(xlabel="bytes a passage (numbers: the pool factor)", ylabel="nDCG@10")
+    axis.grid(color="0.9", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    axis.set_title(f"{line['passages']:,} passages of {line['args']['data']}, {line['queries']:,} queries", fontsize=11)
+    figure.tight_layout()
+    return save(figure, args, "pooling")
+
+
 def write_names(axis, names: list[tuple[str, str, list]]) -> None:
     """Write each name (text, colour, points of its line) at the last of its points, where nothing else is."""
     figure = axis.figure
@@ -197,7 +224,7 @@ def save(figure, args, name: str) -> Path:
     return path
 
 
-FIGURES = (draw_speed, draw_search)
+FIGURES = (draw_speed, draw_search, draw_pooling)
 
 
 def main(args):

@@ -45,6 +45,30 @@ def test_search_against_exact(embedding_dir, tmp_path):
     assert (tmp_path / "search.png").is_file()
 
 
+def test_pooling(model_dir, toy_dir, tmp_path):
+    arguments = [
+        "--models",
+        model_dir,
+        "--data",
+        toy_dir,
+        "--n_passages",
+        35,
+        "--results",
+        tmp_path,
+        "--work",
+        tmp_path,
+    ]
+    succeed(run_stage_cli("bench/bench_pooling.py", *arguments, "--factors", 1, 3, "--bits", 4))
+    line = json.loads((tmp_path / "pooling.jsonl").read_text())
+    assert (line["passages"], line["queries"]) == (35, 16)
+    rows = line["rows"]
+    assert [(row["factor"], row["bits"]) for row in rows] == [(1, 16), (1, 4), (3, 16), (3, 4)]
+    assert rows[2]["bytes_per_passage"] < rows[0]["bytes_per_passage"] / 2
+    assert rows[0]["ndcg_at_10"] > 0.2  # every query's passage has its topic
+    succeed(run_stage_cli("bench/plot.py", "--results", tmp_path))
+    assert (tmp_path / "pooling.png").is_file()
+
+
 def test_server_under_load(codes_dir, model_dir, toy_dir, tmp_path):
     pytest.importorskip("fastapi", reason="serve.py's packages are optional: pip install -r requirements-serve.txt")
     arguments = ["--index_dir", codes_dir, "--model", model_dir, "--queries", toy_dir / "queries.tsv", "--k", 5]

@@ -12,6 +12,8 @@ from conftest import call_stage, launch_cli, succeed
 from tqdm import tqdm
 
 from model import ColBERT
+from nanocolbert.config import Pooling
+from nanocolbert.encoder.pooling import pool_passages
 from nanocolbert.encoder.soundness import EmbeddingError
 from nanocolbert.storage.artifact import lock, read_meta, verify
 from nanocolbert.storage.ragged import Ids, Ragged
@@ -204,3 +206,45 @@ def test_another_models_tokens(embedding_arguments, toy_dir, encoder_dir, tmp_pa
     succeed(call_stage("tsv2mmap.py", *collection, "--output_dir", tmp_path / "tokens"))
     message = refused(*embedding_arguments, "--tokens_dir", tmp_path / "tokens", "--output_dir", tmp_path / "e")
     assert "cut to doc_maxlen 50" in message and "run tsv2mmap.py with --doc_maxlen 180" in message
+
+
+def test_pooled(embedding_dir, embedding_arguments, model_dir, tmp_path):
+    """A factor that is given, or that the model has, is the same; one that is given goes before the model's."""
+    pooled = tmp_path / "pooled"
+    arguments = (*embedding_arguments, "--pool_factor", 3)
+    succeed(call_stage("doc2embedding.py", *arguments, "--output_dir", pooled))
+    stored, plain = Ragged(pooled), Ragged(embedding_dir)
+    assert np.diff(stored.offsets).tolist() == [1 + max(1, (n - 1) // 3) for n in np.diff(plain.offsets)]
+    assert read_meta(pooled, "embeddings", "doc2embedding.py", check=True)["pool_factor"] == 3
+    assert read_meta(embedding_dir, "embeddings", "doc2embedding.py")["pool_factor"] == 1
+    for row in range(len(plain)):
+        vectors = plain[row].astype(np.float32)
+        own = pool_passages(vectors, np.array([len(vectors)]), Pooling(3))[0]
+        assert np.allclose(stored[row], own, atol=2e-3), row
+    done = call_stage("doc2embedding.py", *embedding_arguments, "--output_dir", pooled)
+    assert done.returncode == 2 and "holds something else" in done.stderr
+
+    model = ColBERT.from_pretrained(model_dir)
+    model.config.pool_factor = 3
+    model.save_pretrained(tmp_path / "model")
+    arguments = (*embedding_arguments, "--model", tmp_path / "model")
+    succeed(call_stage("doc2embedding.py", *arguments, "--output_dir", tmp_path / "own"))
+    assert arrays(tmp_path / "own") == arrays(pooled)
+    succeed(call_stage("doc2embedding.py", *arguments, "--pool_factor", 1, "--output_dir", tmp_path / "off"))
+    assert arrays(tmp_path / "off") == arrays(embedding_dir)
+
+
+def test_means_of_other_lengths_are_not_coded(embedding_arguments, model_dir, tmp_path):
+    """As a checkpoint of sentence-transformers has them: by vectors only, unless a factor is given."""
+    model = ColBERT.from_pretrained(model_dir)
+    model.config.pool_factor, model.config.normalize_pooled = 2, False
+    model.save_pretrained(tmp_path / "model")
+    arguments = (*embedding_arguments, "--model", tmp_path / "model", "--output_dir", tmp_path / "e")
+    done = call_stage("doc2embedding.py", *arguments, "--bits", 4)
+    assert done.returncode == 2 and "--bits cannot code: give --pool_factor" in done.stderr
+    succeed(call_stage("doc2embedding.py", *arguments, "--bits", 4, "--pool_factor", 2, "--nlist", 4))
+    shutil.rmtree(tmp_path / "e")
+    succeed(call_stage("doc2embedding.py", *arguments))
+    lengths = np.linalg.norm(Ragged(tmp_path / "e").values.astype(np.float32), axis=1)
+    assert lengths.min() < 0.99 and lengths.max() < 1.01
+    assert not read_meta(tmp_path / "e", "embeddings", "doc2embedding.py")["normalized"]

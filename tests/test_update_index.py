@@ -4,11 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import call_stage, succeed
 
 from model import ColBERT
-from search import Searcher
+from search import Index, Searcher
 
 
 def test_update_stage(codes_dir, model_dir, toy_dir, tmp_path):
@@ -123,3 +124,28 @@ def test_documents_with_metadata_are_added_and_deleted(encoder_dir, model_dir, t
     run = ("--index_dir", "index", "--queries", "queries.tsv", "--output", "run", "--by_document", "--k", 2, "--cpu")
     succeed(call_stage("retrieve.py", *run, "--where", "year > 2002"))
     assert {line.split()[2] for line in Path("run").read_text().splitlines()} == {"d3", "d5"}
+
+
+@pytest.mark.parametrize("factor", [1, 4])
+def test_passages_are_pooled_as_those_of_the_index(model_dir, tmp_path, factor):
+    """Also where the model has another factor of its own; an explanation goes token by token all the same."""
+    model = ColBERT.from_pretrained(model_dir)
+    model.config.pool_factor = 2
+    text = " ".join(["old boat and blue drum"] * 4)
+    counts = {n: int(model.kept_counts(*model.tokenize([text], "passage"), n)[0]) for n in (1, 4)}
+    settings = {"bits": 8, "keep_vectors": True, "nlist": 2, "pool_factor": factor}
+    searcher = Index.build(tmp_path / "index", model, [text, "red apple"], **settings)
+    other = len(model.encode_passages(["red apple"], pool_factor=factor)[0])
+    assert searcher.meta["pool_factor"] == factor and searcher.meta["embeddings"] == counts[factor] + other
+    searcher.add(["new"], [text])
+    (tmp_path / "more.tsv").write_text(f"newer\t{text}\n")
+    succeed(call_stage("update_index.py", "--index_dir", tmp_path / "index", "--cpu", "--add", tmp_path / "more.tsv"))
+    searcher.reload()
+    vectors = searcher.index.vectors(searcher.index.rows(["0", "new", "newer"]))
+    assert [len(own) for own in vectors] == [counts[factor]] * 3 and counts[1] > 2 * counts[4]
+    for own in vectors:
+        assert np.allclose(own, model.encode_passages([text], pool_factor=factor)[0], atol=0.02)
+    (found,) = searcher.explain("blue drum", ["0"])
+    assert len(found.passage_tokens) == counts[1]
+    unpooled = model.encode_passages([text], pool_factor=1)
+    assert found.score == pytest.approx(model.score(["blue drum"], unpooled).item(), abs=0.1)

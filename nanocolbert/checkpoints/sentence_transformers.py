@@ -93,6 +93,8 @@ def pooling_settings(path: Path, modules) -> dict:
     if "Normalize" not in names[:at] or set(names[at + 1 :]) - {"Normalize"}:
         where = path / "modules.json"
         raise InputError(f"{where}: {POOLING} can be honoured after a Normalize only, and before nothing but another")
+    if found["pool_factor"] == 1:
+        return {}
     return {
         "pool_factor": found["pool_factor"],
         "protected_tokens": found["num_protected_tokens"],

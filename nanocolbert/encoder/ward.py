@@ -16,6 +16,26 @@ FAR = np.float32(1e30)  # a squared distance that is none: of a vector to itself
 
 
 @compiled(fastmath=True)
+def distances_of(vectors):
+    """Squared distances (n, n) of unit vectors (n, D) fp32, FAR from each to itself.
+
+    Not by np.dot: the library behind it makes threads wait for each other.
+    """
+    n, D = vectors.shape
+    distances = np.empty((n, n), np.float32)
+    for i in range(n):
+        one = vectors[i]
+        for j in range(i):
+            other, cosine = vectors[j], np.float32(0)
+            for k in range(D):
+                cosine += one[k] * other[k]
+            distance = max(np.float32(0), 1 - cosine)
+            distances[i, j] = distances[j, i] = distance * distance
+        distances[i, i] = FAR
+    return distances
+
+
+@compiled(fastmath=True)
 def merge_all(distances, pairs, heights):
     """Merge n clusters to one: pairs (n - 1, 2) of them, each named by one of its vectors, and heights (n - 1,) fp32.
 
@@ -75,14 +95,8 @@ def clusters(vectors, offsets, counts, protected, labels):
         if wanted == n:
             own[:] = np.arange(apart, apart + n)
             continue
-        distances = np.dot(part, part.T)
-        for i in range(n):
-            for j in range(n):
-                distance = max(np.float32(0), 1 - distances[i, j])
-                distances[i, j] = distance * distance
-            distances[i, i] = FAR
         pairs, heights = np.empty((n - 1, 2), np.int64), np.empty(n - 1, np.float32)
-        merge_all(distances, pairs, heights)
+        merge_all(distances_of(part), pairs, heights)
         first = np.arange(n)  # a vector that came before, of the same cluster; itself, where there is none
         for merge in np.argsort(heights, kind="mergesort")[: n - wanted]:
             x, y = pairs[merge]

@@ -106,7 +106,7 @@ def settings(embeddings: Ragged, nlist: int | None, m: int | None, nbits: int | 
     folder: where the embeddings are, for messages.
     """
     n_embeddings, dim = embeddings.values.shape
-    nlist, m = nlist or default_nlist(n_embeddings), m or 16
+    nlist, m = nlist or default_nlist(n_embeddings), m or max(n for n in range(1, 17) if dim % n == 0)
     nbits = nbits or min(8, int(math.log2(n_embeddings)))
     if dim % m:
         raise InputError(f"--m {m} does not divide the dimension {dim}: give a divisor of {dim}")

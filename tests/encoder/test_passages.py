@@ -6,6 +6,9 @@ import torch
 from tiny_models import TEXTS, embed_alone
 
 from model import ColBERT
+from nanocolbert.cli import InputError
+from nanocolbert.config import Pooling
+from nanocolbert.encoder.pooling import pool_passages
 from nanocolbert.encoder.soundness import EmbeddingError
 from nanocolbert.text import tokenize
 
@@ -70,3 +73,21 @@ def test_embeddings_that_are_not_to_be_used(encoder_dir):
         with pytest.raises(EmbeddingError, match="passage 0: an embedding is not finite"):
             colbert.encode_passages(texts)
         assert colbert.encode_passages(texts, fp32=True)[0].abs().max() > 65504
+
+
+def test_pooled_passages(colbert, fp32):
+    plain = colbert.encode_passages(TEXTS, fp32=True)
+    lengths, seen = np.array([len(vectors) for vectors in plain]), []
+    expected, counts = pool_passages(torch.cat(plain).numpy(), lengths, Pooling(3))
+    pieces = colbert.tokenize(TEXTS, "passage")
+    assert colbert.kept_counts(*pieces, 3).tolist() == counts.tolist() and counts.sum() < lengths.sum() / 2
+    for size in (50, None):
+        found = colbert.embed_passages(*pieces, size, fp32=True, done=seen.append, pool_factor=3)
+        assert found[1].tolist() == counts.tolist() and np.allclose(found[0], expected, atol=1e-5)
+        assert sum(seen) == len(expected)
+        seen.clear()
+    assert np.allclose(torch.cat(colbert.encode_passages(TEXTS, fp32=True, pool_factor=3)), expected, atol=1e-5)
+    with pytest.raises(InputError, match="return_tokens wants pool_factor=1"):
+        colbert.encode_passages(TEXTS, return_tokens=True, pool_factor=2)
+    with pytest.raises(InputError, match="a pool factor of 0"):
+        colbert.encode_passages(TEXTS, pool_factor=0)

@@ -39,6 +39,27 @@ def test_a_token_takes_at_most_what_was_promised(bits, share):
     assert promised - 8 < size + 1.2 <= promised and min(coarse, fine, follower) > 0
 
 
+@pytest.mark.parametrize(
+    ("dim", "bits"), [(24, 4), (24, 8), *((dim, bits) for dim in (48, 96) for bits in (2, 4, 8)), (96, 1)]
+)
+def test_smaller_vectors_keep_that_promise(dim, bits):
+    for share in (0.4, 0.67, 0.85, 1.0):
+        coarse, fine, follower = code_bytes(dim, bits, share)
+        size = share * (2 + 2 + 1 + coarse + fine) + (1 - share) * (2 + follower)
+        assert size + 1.2 <= bits * dim / 8 + dim / 32 and max(coarse, fine, follower) <= dim
+
+
+def test_the_smallest_codes():
+    """Of 24 dimensions 1 bit and 2 are the same: a code has two bytes at least."""
+    assert {code_bytes(24, bits, share) for bits in (1, 2) for share in (0.4, 0.85)} == {(2, 2, 2)}
+    codec = Codec.train(*make_passages(300, 1, dim=24), 1, NLIST, seed=0)
+    values, lengths = make_passages(40, 2, dim=24)
+    decoded = decode_all(codec, codec.encode(values, lengths))
+    passages = np.split(values.astype(np.float32), np.cumsum(lengths)[:-1])
+    nearness = [(passage @ vectors.T).max(1) for vectors, passage in zip(decoded, passages, strict=True)]
+    assert codec.M.tolist() == [2, 2, 2] and np.concatenate(nearness).mean() > 0.85
+
+
 def test_a_codec_is_opened_as_it_was(codec, tmp_path):
     codec.save(tmp_path)
     opened, passages = Codec.load(tmp_path), make_passages(10, 7)
