@@ -144,10 +144,12 @@ def run_command(script: str, python=sys.executable, **flags) -> dict:
 
 
 def command_flags(flags: dict) -> list[str]:
-    """Words of a command line; True: the flag alone, None: not given."""
+    """Words of a command line; True: the flag alone, None: not given, a list: all its words."""
     words = []
     for flag, value in flags.items():
-        words += [] if value is None else [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+        if value is not None:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{flag}", *map(str, values)]
     return words
 
 

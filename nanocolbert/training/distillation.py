@@ -1,4 +1,4 @@
-"""Distilling an encoder's own similarity: while a model is trained, the frozen encoder that it began as scores the batch.
+"""Distilling an encoder's own similarity: while a model is trained, the encoder that it began as scores the batch.
 
 What a short training loses first is what the encoder knew. It is the target of the loss `distil`: of each query the
 similarity to all passages of the batch, those of other processes too. It needs no judgments, and takes any texts.
@@ -52,7 +52,7 @@ class Distillation:
 
     @torch.no_grad()
     def score(self, queries: Framed, passages: Framed) -> Tensor:
-        """The teacher's scores (B, N) fp32: several similarities are standardised over each query's passages, and added."""
+        """The teacher's scores (B, N) fp32; several similarities are standardised over a query's passages, and added."""
         total = 0
         for (Q, _), (P, mask) in zip(self.embed(*queries), self.embed(*passages), strict=True):
             if self.accelerator.num_processes > 1:
