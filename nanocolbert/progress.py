@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 
 from tqdm import tqdm
 
@@ -15,14 +16,17 @@ class Lines(tqdm):
         total, left = ("{n_fmt} of {total_fmt}", ", {remaining} left") if settings.get("total") else ("{n_fmt}", "")
         name, unit = (settings.get(key, "") for key in ("desc", "unit"))
         settings["bar_format"] = f"{name}{': ' if name else ''}{total}{unit}, {{rate_fmt}}{left}{{postfix}}"
-        self.shown = None
+        self.shown, self.due = None, 0.0  # what the last line said, and when the next one is due
         super().__init__(iterable, file=io.StringIO(), delay=FIRST, mininterval=FIRST, maxinterval=EVERY, **settings)
 
     def display(self, *_, **__):
-        """Print the line, unless it would say the same again."""
-        if self.n != self.shown:
+        """Print the line, unless it would say the same again, or is not due; the last one always is.
+
+        mininterval stays as it was: tqdm's loop keeps a copy, and would count twice where the two differ.
+        """
+        if self.n != self.shown and (self.disable or time.monotonic() >= self.due):  # close() disables the bar first
             print(self, file=sys.stderr, flush=True)
-        self.mininterval, self.shown = EVERY, self.n
+            self.shown, self.due = self.n, time.monotonic() + EVERY
 
 
 def progress(iterable=None, show: bool = True, **settings) -> tqdm:

@@ -1,5 +1,6 @@
 """Without a terminal: a plain line now and then; nothing of what is done at once."""
 
+import itertools
 import time
 
 import pytest
@@ -13,9 +14,9 @@ def soon(monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 0.1)
 
 
-def slowly(items):
+def slowly(items, seconds=0.02):
     for item in items:
-        time.sleep(0.02)
+        time.sleep(seconds)
         yield item
 
 
@@ -31,6 +32,16 @@ def test_a_length_that_nobody_knows(soon, capsys):
     list(progress.progress(slowly(range(20)), desc="c.tsv", unit=" texts"))
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("c.tsv: 20 texts, ") and "left" not in lines[-1]
+
+
+def test_no_line_counts_more_than_there_was(soon, monkeypatch):
+    """Also where the first items take longest, so that tqdm looks at the clock more often than lines are printed."""
+    given, counts = [], []
+    monkeypatch.setattr(progress, "EVERY", 0.5)
+    monkeypatch.setattr("builtins.print", lambda bar, **_: counts.append((bar.n, len(given))))
+    for i in progress.progress(itertools.chain(slowly(range(10)), slowly(range(1000), 0.001))):
+        given.append(i)
+    assert len(counts) > 2 and all(n <= was + 1 for n, was in counts), counts
 
 
 def test_what_is_soon_done_says_nothing(capsys):
