@@ -253,7 +253,7 @@ class ColBERT(PreTrainedModel):
         def embed(batch) -> Tensor:
             return self.embed(batch).view(-1, self.config.dim)
 
-        if self.device.type == "cpu" and torch.is_grad_enabled():
+        if self.device.type == "cpu" and (torch.is_grad_enabled() or self.training):
             weights = [weight for weight in self.parameters() if weight.requires_grad]
             embeddings = by_threads(embed, batches, weights)  # (T, D)
         else:

@@ -104,6 +104,12 @@ def add_optimisation(group) -> None:
     group.add_argument("--max_steps", type=count, default=400_000, help="optimiser steps, exactly (default 400000)")
     group.add_argument("--batch_size", type=positive, default=32, help="triples a step over all processes (default 32)")
     group.add_argument("--gradient_accumulation_steps", type=positive, default=1, help="parts a batch is computed in")
+    group.add_argument(
+        "--cached_parts",
+        type=positive,
+        default=1,
+        help="embed a batch in so many parts, twice: the same step in less memory (default 1)",
+    )
     group.add_argument("--lr", type=positive_float, default=3e-6, help="peak learning rate (default 3e-6)")
     group.add_argument("--warmup_steps", type=count, default=0, help="steps of linear warm-up (default 0)")
     group.add_argument(
@@ -186,11 +192,12 @@ def check_args(args, accelerator: Accelerator) -> dict:
     if not tokens_meta["counts"].get("triples"):
         raise InputError(f"{args.tokens_dir}: holds no triples: run tsv2mmap.py with --triples")
     check_losses(args.loss, args.tokens_dir, tokens_meta)
-    shares = accelerator.num_processes * args.gradient_accumulation_steps
+    shares = accelerator.num_processes * args.gradient_accumulation_steps * args.cached_parts
     if args.batch_size % shares:
         raise InputError(
             f"--batch_size {args.batch_size} does not divide among {accelerator.num_processes} process(es) x "
-            f"{args.gradient_accumulation_steps} accumulation step(s): make it a multiple of {shares}"
+            f"{args.gradient_accumulation_steps} accumulation step(s) x {args.cached_parts} cached part(s): make it a "
+            f"multiple of {shares}"
         )
     dev = (args.dev_queries, args.dev_qrels, args.dev_candidates)
     if any(dev) and not all(dev):
@@ -313,10 +320,10 @@ def fit(accelerator: Accelerator, args, started: float) -> dict | None:
     log.signals, clock = cli.stop_softly(), time.time()
     log.clock = time.perf_counter()
     with ThreadPoolExecutor(1) as loader:  # builds the next batch while this one computes
-        upcoming = loader.submit(micro_batches, data, step, model, accelerator, packed)
+        upcoming = loader.submit(micro_batches, data, step, model, accelerator, packed, args.cached_parts)
         while step < args.max_steps and not stop:
             batches = upcoming.result()
-            upcoming = loader.submit(micro_batches, data, step + 1, model, accelerator, packed)
+            upcoming = loader.submit(micro_batches, data, step + 1, model, accelerator, packed, args.cached_parts)
             said = train_step(accelerator, wrapped, optimizer, batches, objective, args.max_grad_norm)
             log.add(said, scheduler.get_last_lr()[0], sum(batch["tokens"] for batch in batches))
             scheduler.step()

@@ -103,14 +103,15 @@ class _ByThreads(torch.autograd.Function):
     """Several graphs, each made and gone back through by a thread; what they give is one tensor to all else."""
 
     @staticmethod
-    def forward(ctx, function, items, *weights):
+    def forward(ctx, function, items, keeps, *weights):
         seeds = torch.randint(1 << 62, (len(items),)).tolist()
         type_ = {"dtype": torch.get_autocast_dtype("cpu"), "enabled": torch.is_autocast_enabled("cpu")}
 
         def embed(item, seed: int) -> Tensor:
             _thread.generator = torch.Generator().manual_seed(seed)
-            with torch.enable_grad(), torch.autocast("cpu", **type_):
-                return function(item)
+            with torch.enable_grad(), torch.autocast("cpu", **type_):  # without a graph it might compute otherwise
+                result = function(item)
+            return result if keeps else result.detach()
 
         ctx.results, ctx.weights = list(map_alone(embed, items, seeds)), weights
         return torch.cat([result.detach() for result in ctx.results])
@@ -127,16 +128,17 @@ class _ByThreads(torch.autograd.Function):
                 total = found
             else:
                 torch._foreach_add_(total, found)
-        return None, None, *total
+        return None, None, None, *total
 
 
 def by_threads(function: Callable, items: list, weights: Iterable[Tensor]) -> Tensor:
     """function(item) of each item, (n, D), one after the other: computed by a thread each, forward and backward.
 
     weights: all tensors with a gradient that `function` reads. What it draws by `dropout` follows from the default
-    random generator and from the item's place, not from the thread.
+    random generator and from the item's place, not from the thread. Without gradients it computes the very same, and
+    keeps no graph.
     """
-    return _ByThreads.apply(function, items, *weights)
+    return _ByThreads.apply(function, items, torch.is_grad_enabled(), *weights)
 
 
 _thread = threading.local()  # generator: what this thread draws from

@@ -14,6 +14,7 @@ from transformers import BertTokenizerFast
 from model import ColBERT
 from nanocolbert.compute import mixed_precision
 from nanocolbert.storage.artifact import SUM
+from nanocolbert.training.log import read_log
 from nanocolbert.training.resume import drops
 from train import with_dropout
 
@@ -87,7 +88,13 @@ def test_principal_projection(train_arguments, tmp_path):
 def test_mistakes(train_arguments, toy_dir, encoder_dir, tmp_path):
     folder = tmp_path / "model"
     message = refused(train_arguments, folder, "--batch_size", 9, "--gradient_accumulation_steps", 2)
-    assert "--batch_size 9 does not divide among 1 process(es) x 2 accumulation step(s)" in message
+    assert "--batch_size 9 does not divide among 1 process(es) x 2 accumulation step(s) x 1 cached part(s)" in message
+    message = refused(train_arguments, folder, "--batch_size", 12, "--cached_parts", 8)
+    assert "x 1 accumulation step(s) x 8 cached part(s): make it a multiple of 8" in message
+    assert "--loss kl: " in refused(train_arguments, folder, "--loss", "softmax", "kl=2")
+    for wrong in ("x", "kl=", "kl=0", "kl=nan"):
+        done = call_stage("train.py", *train_arguments, "--output_dir", folder, "--loss", wrong)
+        assert done.returncode == 2 and "error: argument --loss: '" in done.stderr.splitlines()[-1]
     assert "run tsv2mmap.py first" in refused(train_arguments, folder, "--tokens_dir", tmp_path)
     assert "no such folder" in refused(train_arguments, folder, "--base_model", tmp_path / "none")
     message = refused(train_arguments, folder, "--dev_queries", toy_dir / "queries.tsv")
@@ -148,6 +155,20 @@ def damaged_tokens(tokens_dir, folder, name: str, change) -> Path:
     array = np.load(folder / name)
     np.save(folder / name, change(array))
     return folder
+
+
+def test_a_teacher(tokens_dir, train_arguments, tmp_path):
+    """One that prefers each row's second passage: so does the model after a few steps."""
+    folder = damaged_tokens(tokens_dir, tmp_path / "tokens", "triples.npy", lambda triples: triples)
+    np.save(folder / "scores.npy", np.tile(np.float32([0, 1]), (64, 1)))
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, "scored": True}))
+    flags = ("--tokens_dir", folder, "--loss", "kl", "margin_mse=0.1", "softmax=1e-9", "--max_steps", 40)
+    train(train_arguments, tmp_path / "model", *flags)
+    lines = read_log(tmp_path / "model/log.jsonl")
+    first, last = lines[0], lines[-1]
+    assert last["loss_kl"] < 0.5 * first["loss_kl"] and last["loss_margin_mse"] < first["loss_margin_mse"]
+    assert last["loss_softmax"] > 2 * np.log(2)  # of the passage that stands first
 
 
 def put(array, place, value):

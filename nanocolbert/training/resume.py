@@ -23,6 +23,7 @@ from nanocolbert.storage.checksums import check_sums, sums_of
 
 # Of every run before there were these settings.
 BEFORE = {"loss": ["softmax"], "temperature": 1.0, "learn_temperature": False, "teacher_temperature": 0.25}
+BEFORE |= {"cached_parts": 1}
 PARTS = ("model.safetensors", "optimizer.bin", "scheduler.bin")  # of a checkpoint, beside each process's random states
 
 

@@ -1,5 +1,8 @@
 """One optimiser step: what this process computes of it, the losses over all processes' passages, the gradients."""
 
+from contextlib import nullcontext
+
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -29,8 +32,12 @@ def make_optimizer(model, args, temperature: torch.nn.Parameter | None = None):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def micro_batches(data: Triples, step: int, model, accelerator: Accelerator, packed: bool) -> list[dict]:
-    """This process's part of a step's triples, in as many micro-batches as gradients are accumulated, on its device."""
+def micro_batches(data: Triples, step: int, model, accelerator: Accelerator, packed: bool, cached_parts: int = 1):
+    """This process's part of a step's triples, on its device, in as many micro-batches as gradients are accumulated.
+
+    A micro-batch is what `collate` returns, with "teacher" (B, K) where there are scores. Of several cached parts it
+    has "parts", the inputs of each, instead of "inputs"; the rest is of all.
+    """
     parts, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
     tokens_per_batch = TOKENS_PER_BATCH.get(accelerator.device.type, 1 << 14)
 
@@ -38,11 +45,26 @@ def micro_batches(data: Triples, step: int, model, accelerator: Accelerator, pac
         """(batch_size, n) to this process's (parts, B, n)."""
         return rows.reshape(parts, processes, -1, rows.shape[1])[:, accelerator.process_index]
 
-    batches = [collate(data, rows, model, tokens_per_batch, packed) for rows in own(data.rows(step))]
+    batches = []
+    for rows in own(data.rows(step)):
+        pieces = np.split(rows, cached_parts)
+        batches.append(joined([collate(data, piece, model, tokens_per_batch, packed) for piece in pieces]))
     scores = data.scores_of(step)  # (batch_size, K)
     for batch, teacher in zip(batches, own(scores) if scores is not None else [], strict=False):
         batch["teacher"] = torch.from_numpy(teacher)
     return to_device(batches, accelerator.device)
+
+
+def joined(batches: list[dict]) -> dict:
+    """One micro-batch of several, whose inputs are its "parts"; one as it is."""
+    if len(batches) == 1:
+        return batches[0]
+    return {
+        "parts": [batch["inputs"] for batch in batches],
+        "mask": cat_widened([batch["mask"] for batch in batches]),
+        "passage_rows": torch.cat([batch["passage_rows"] for batch in batches]),
+        "tokens": sum(batch["tokens"] for batch in batches),
+    }
 
 
 def train_step(accelerator: Accelerator, wrapped, optimizer, batches, objective: Objective, max_norm: float) -> dict:
@@ -54,8 +76,11 @@ def train_step(accelerator: Accelerator, wrapped, optimizer, batches, objective:
     said = {"temperature": objective.temperature.detach()} if objective.log_temperature is not None else {}
     for batch in batches:
         with accelerator.accumulate(wrapped):
-            losses = losses_of(accelerator, objective, *wrapped(**batch["inputs"]), batch)
-            accelerator.backward(losses["loss"])
+            if "parts" in batch:
+                losses = backward_in_parts(accelerator, wrapped, objective, batch)
+            else:
+                losses = losses_of(accelerator, objective, *wrapped(**batch["inputs"]), batch)
+                accelerator.backward(losses["loss"])
             if accelerator.sync_gradients:
                 mean_gradient(accelerator, objective.log_temperature)
                 if max_norm > 0:
@@ -65,6 +90,25 @@ def train_step(accelerator: Accelerator, wrapped, optimizer, batches, objective:
         for name, loss in losses.items():
             said[name] = said.get(name, 0) + loss.detach() / len(batches)
     return said
+
+
+def backward_in_parts(accelerator: Accelerator, wrapped, objective: Objective, batch: dict) -> dict[str, Tensor]:
+    """The losses of a micro-batch whose graph does not fit into memory, and their gradients (GradCache, 2101.06983).
+
+    Its parts are embedded without a graph; the losses give the gradients of these embeddings; each part is embedded
+    again, by the same draws, and takes them on to the weights.
+    """
+    device = accelerator.device
+    with torch.no_grad(), torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        found = [wrapped(**inputs) for inputs in batch["parts"]]  # (B', Lq, D) and (N', Ld, D) each
+    for embeddings in (part for pair in found for part in pair):
+        embeddings.requires_grad_()
+    losses = losses_of(accelerator, objective, *map(cat_widened, zip(*found, strict=True)), batch)
+    accelerator.backward(losses["loss"])
+    for i, (inputs, pair) in enumerate(zip(batch["parts"], found, strict=True), 1):
+        with nullcontext() if i == len(found) else accelerator.no_sync(wrapped):
+            torch.autograd.backward(wrapped(**inputs), [embeddings.grad for embeddings in pair])
+    return losses
 
 
 def losses_of(accelerator: Accelerator, objective: Objective, Q: Tensor, P: Tensor, batch: dict) -> dict[str, Tensor]:
@@ -81,6 +125,12 @@ def losses_of(accelerator: Accelerator, objective: Objective, Q: Tensor, P: Tens
 def widened(tensor: Tensor, width: int) -> Tensor:
     """(N, L, ...) filled with zeros to (N, width, ...)."""
     return torch.nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, width - tensor.shape[1]))
+
+
+def cat_widened(tensors) -> Tensor:
+    """Of several (N, L, ...) one, as wide as the widest."""
+    width = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([widened(tensor, width) for tensor in tensors])
 
 
 class Gathered(torch.autograd.Function):

@@ -31,6 +31,17 @@ def test_lines_of_steps(train_arguments, tokens_dir, tmp_path):
         assert line["seconds"] * line["tokens_per_second"] == pytest.approx(tokens, rel=1e-3)  # both are rounded
 
 
+def test_terms_and_temperature(train_arguments, tmp_path):
+    flags = ("--loss", "in_batch", "softmax=0.5", "--temperature", 0.5, "--learn_temperature", "--max_steps", 3)
+    train(train_arguments, tmp_path / "model", *flags)
+    lines = read_log(tmp_path / "model/log.jsonl")
+    assert list(lines[0])[:5] == ["step", "loss", "loss_in_batch", "loss_softmax", "lr"]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["loss_in_batch"] + line["loss_softmax"] / 2, rel=1e-5)
+    temperatures = [line["temperature"] for line in lines]
+    assert temperatures[0] == pytest.approx(0.5) and len(set(temperatures)) == 3
+
+
 def test_no_norm_where_nothing_is_clipped(train_arguments, tmp_path):
     train(train_arguments, tmp_path / "model", "--max_grad_norm", 0, "--max_steps", 2)
     assert not any("grad_norm" in line for line in read_log(tmp_path / "model/log.jsonl"))

@@ -127,12 +127,15 @@ def untimed(log: Path) -> list[dict]:
     return [{k: line[k] for k in line if k not in ("seconds", "tokens_per_second")} for line in read_log(log)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_and_resumed(train_arguments, toy_dir, tmp_path, monkeypatch, number):
+LOSSES = ("--loss", "in_batch", "softmax=0.5", "--temperature", 0.5, "--learn_temperature", "--cached_parts", 2)
+
+
+@pytest.mark.parametrize("number, others", [(signal.SIGTERM, ()), (signal.SIGINT, LOSSES)])
+def test_stopped_and_resumed(train_arguments, toy_dir, tmp_path, monkeypatch, number, others):
     """A signal saves a checkpoint, from which --resume goes on to the very same bytes, and to the same evaluations."""
     names = ("queries", "qrels", "candidates")
     flags = [*train_arguments, *STOPPED, *(part for n in names for part in (f"--dev_{n}", toy_dir / f"{n}.tsv"))]
-    flags += ["--eval_steps", 5]
+    flags += ["--eval_steps", 5, *others]
     with monkeypatch.context() as patch:
         patch.setattr(Stopping, "number", number)
         patch.setattr(train_stage, "Log", Stopping)
