@@ -30,6 +30,7 @@ from nanocolbert.encoder.attention import Packed, compute_dtype, encode_packed, 
 from nanocolbert.encoder.batches import most_tokens, to_device
 from nanocolbert.encoder.passages import embed_passages
 from nanocolbert.encoder.pretrained import (
+    add_markers,
     check_vocabulary,
     check_weights,
     drop_pooler,
@@ -49,7 +50,7 @@ from nanocolbert.encoder.soundness import are_sound, name_unsound, named
 from nanocolbert.maxsim import maxsim_all
 from nanocolbert.storage.checksums import share
 from nanocolbert.storage.ragged import length_batches, ranges
-from nanocolbert.text import FRAME, MARKERS, check_texts, own_backend, prepare_texts, punctuation_ids, tokenize
+from nanocolbert.text import FRAME, check_texts, own_backend, prepare_texts, punctuation_ids, tokenize
 
 TEXTS_PER_CHUNK = 1024  # texts tokenised at a time: what the tokenizer gives back takes hundreds of bytes a token
 PROGRESS_AFTER = 5  # seconds after which a bar appears by itself
@@ -85,9 +86,14 @@ class ColBERT(PreTrainedModel):
 
     @classmethod
     def from_base(
-        cls, base_model: str, dropout: float | None = None, attention_dropout: float | None = 0.0, **settings
+        cls,
+        base_model: str,
+        dropout: float | None = None,
+        attention_dropout: float | None = 0.0,
+        markers=True,
+        **settings,
     ) -> "ColBERT":
-        """A new ColBERT on a Hugging Face encoder: adds [Q] and [D] (they begin as the mean embedding) and `linear`.
+        """A new ColBERT on a Hugging Face encoder: adds `linear`, and with `markers` [Q] and [D] (see `add_markers`).
 
         dropout, attention_dropout: replace the encoder's rates, unless None. settings: fields of ColBERTConfig.
         Raises InputError where the encoder or its tokenizer cannot be loaded, or not used.
@@ -97,14 +103,8 @@ class ColBERT(PreTrainedModel):
         set_dropout(encoder_config, dropout, attention_dropout)
         encoder = load_encoder(base_model, encoder_config, read_weights(folder))
         check_vocabulary(base_model, tokenizer, encoder)
-        tokenizer.add_special_tokens({"additional_special_tokens": list(MARKERS.values())})
-        table = encoder.get_input_embeddings().weight
-        mean = table.detach()[: len(tokenizer) - len(MARKERS)].mean(0)
-        encoder.resize_token_embeddings(max(len(tokenizer), len(table)), mean_resizing=False)
-        marker_ids = {kind: tokenizer.convert_tokens_to_ids(marker) for kind, marker in MARKERS.items()}
-        with torch.no_grad():
-            encoder.get_input_embeddings().weight[list(marker_ids.values())] = mean
-        settings |= {"query_marker_id": marker_ids["query"], "passage_marker_id": marker_ids["passage"]}
+        if markers:
+            settings |= add_markers(tokenizer, encoder)
         check_weights(encoder, base_model)
         return cls.on_encoder(base_model, encoder, tokenizer, skiplist=punctuation_ids(tokenizer), **settings)
 

@@ -18,6 +18,7 @@ Reference: 12.5 steps/s of 32 triples on an A100.
 """
 
 import argparse
+import functools
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -28,15 +29,9 @@ from nanocolbert.cli import InputError, count, first_line, not_negative_float, p
 
 SWITCH = argparse.BooleanOptionalAction
 LOSSES = ("softmax", "in_batch", "kl", "margin_mse", "distil")  # those of nanocolbert/training/losses.py
-NEW = {"dim": 128, "mask_punctuation": True, "projection": "orthogonal", "attention_dropout": 0.0}  # of a new ColBERT
-
-
-def rate(text: str) -> float:
-    """A dropout rate."""
-    value = cli.share(text)
-    if value == 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below 1")
-    return value
+SIMILARITIES = ("mean", "maxsim", "sum")  # and of teachers.py
+NEW = {"dim": 128, "mask_punctuation": True, "markers": True}
+NEW |= {"projection": "orthogonal", "attention_dropout": 0.0}  # of a new ColBERT
 
 
 def loss(text: str) -> str:
@@ -65,15 +60,22 @@ def add_data_and_model(group) -> None:
     group.add_argument("--output_dir", type=Path, required=True, help="the model folder to write")
     group.add_argument("--dim", type=positive, help="size of a token embedding (default 128)")
     group.add_argument("--mask_punctuation", action=SWITCH, help="drop punctuation in passages (default: yes)")
+    group.add_argument("--markers", action=SWITCH, help="put [Q] and [D] after [CLS] (default: yes, as v1)")
+    group.add_argument(
+        "--expand_queries_to",
+        type=count,
+        help="fill queries with [MASK] to N tokens; 0: not at all (default: all, as v1)",
+    )
+    group.add_argument("--pool_factor", type=positive, help="pool a passage's vectors, N to one (default 1: not)")
     group.add_argument(
         "--projection",
         choices=("orthogonal", "principal"),
         help="how a new projection begins: random rows (default), or the encoder's principal directions",
     )
-    group.add_argument("--dropout", type=rate, help="dropout rate of the encoder (default: as it comes)")
+    group.add_argument("--dropout", type=cli.rate, help="dropout rate of the encoder (default: as it comes)")
     group.add_argument(
         "--attention_dropout",
-        type=rate,
+        type=cli.rate,
         help="of the attention weights (default 0, of a ColBERT as it comes; v1 0.1): above 0 a GPU, too, computes "
         "padded batches",
     )
@@ -87,7 +89,8 @@ def add_loss(group) -> None:
         default=["softmax"],
         metavar="NAME[=WEIGHT]",
         help="one, or a weighted sum: softmax over a row's passages (v1; default), in_batch: over those of all "
-        "processes' micro-batches, kl or margin_mse: of a teacher's scores of a row's passages",
+        "processes' micro-batches, kl or margin_mse: of a teacher's scores of a row's passages, distil: kl over "
+        "in_batch's passages to an encoder's own similarity",
     )
     group.add_argument("--similarity", choices=("l2", "cosine"), default="l2", help="l2 is twice cosine (default l2)")
     group.add_argument("--temperature", type=positive_float, default=1.0, help="divides all scores (default 1)")
@@ -97,6 +100,10 @@ def add_loss(group) -> None:
         type=positive_float,
         default=0.25,
         help="divides a teacher's scores, from 0 to 1 in each row, of kl and distil (default 0.25)",
+    )
+    group.add_argument("--teacher", help="of distil: an encoder of the same tokenizer (default: --base_model)")
+    group.add_argument(
+        "--teacher_similarity", choices=SIMILARITIES, help="of distil: of mean vectors, MaxSim, or both (default: sum)"
     )
 
 
@@ -175,12 +182,13 @@ from nanocolbert.encoder.pretrained import set_dropout
 from nanocolbert.storage.artifact import check_file, make_meta, read_meta, verify
 from nanocolbert.storage.ragged import Ragged
 from nanocolbert.training.dev_set import DevSet
+from nanocolbert.training.distillation import Distillation
 from nanocolbert.training.log import Log, read_log
 from nanocolbert.training.losses import Objective, check_losses
 from nanocolbert.training.output import check_trained, claim, keep_if_best, save_model
 from nanocolbert.training.plot import plot_loss
 from nanocolbert.training.resume import resume, run_settings, save_checkpoint
-from nanocolbert.training.step import make_optimizer, micro_batches, train_step
+from nanocolbert.training.step import gather, make_optimizer, micro_batches, train_step
 from nanocolbert.training.triples import Triples
 
 
@@ -225,6 +233,7 @@ def load_model(args, tokens_meta: dict) -> ColBERT:
         sample = np.random.default_rng(args.seed).choice(len(passages), min(512, len(passages)), replace=False)
         model.eval().project_on_principal(*passages.gather(np.sort(sample)))
     model.check_tokens(args.base_model, args.tokens_dir, tokens_meta)
+    model.config.pool_factor = args.pool_factor or model.config.pool_factor
     return model
 
 
@@ -237,9 +246,11 @@ def start_from(args, tokens_meta: dict) -> ColBERT:
         dropout=args.dropout,
         attention_dropout=args.attention_dropout,
         dim=args.dim,
-        query_maxlen=tokens_meta["query_maxlen"],
-        doc_maxlen=tokens_meta["doc_maxlen"],
+        query_maxlen=tokens_meta["query_maxlen"] - (0 if args.markers else 1),  # as many word pieces
+        doc_maxlen=tokens_meta["doc_maxlen"] - (0 if args.markers else 1),
         mask_punctuation=args.mask_punctuation,
+        markers=args.markers,
+        expand_queries_to=args.expand_queries_to,
     )
 
 
@@ -247,6 +258,7 @@ def go_on_from(args) -> ColBERT:
     """A ColBERT that is there. Raises InputError for flags of a new one that say otherwise."""
     model = ColBERT.from_pretrained(args.base_model, device="cpu")  # accelerate moves it
     own = {"dim": model.config.dim, "mask_punctuation": model.config.mask_punctuation, "projection": None}
+    own |= {"markers": model.config.query_marker_id is not None, "expand_queries_to": model.config.expand_queries_to}
     for key, value in own.items():
         if getattr(args, key) not in (None, value):
             flag = f"--no-{key}" if getattr(args, key) is False else f"--{key} {getattr(args, key)}"
@@ -266,6 +278,19 @@ def with_dropout(model: ColBERT, dropout: float | None, attention_dropout: float
     changed = ColBERT(model.config, model.tokenizer)
     changed.load_state_dict(model.state_dict())
     return changed
+
+
+def load_teacher(args, accelerator: Accelerator, tokens_meta: dict) -> Distillation | None:
+    """What scores the passages of a batch for the loss `distil`, where that is wanted."""
+    if not any(loss.partition("=")[0] == "distil" for loss in args.loss):
+        if args.teacher or args.teacher_similarity:
+            raise InputError("--teacher and --teacher_similarity are of --loss distil: add it, or leave them out")
+        return None
+    name, similarity = args.teacher or args.base_model, args.teacher_similarity or "sum"
+    if is_colbert(name):
+        raise InputError(f"--loss distil: {name} is a ColBERT: give the encoder that it began as by --teacher")
+    together = functools.partial(gather, accelerator=accelerator) if accelerator.num_processes > 1 else None
+    return Distillation.load(name, similarity, args.tokens_dir, tokens_meta, accelerator.device, together)
 
 
 def main(args):
@@ -305,6 +330,7 @@ def fit(accelerator: Accelerator, args, started: float) -> dict | None:
     temperature = {"temperature": args.temperature, "learn": args.learn_temperature}
     objective = Objective(args.loss, args.similarity, **temperature, teacher_temperature=args.teacher_temperature)
     objective.to(accelerator.device)
+    objective.pooling, objective.distillation = model.config.pooling(), load_teacher(args, accelerator, tokens_meta)
     optimizer, scheduler = make_optimizer(model, args, objective.log_temperature)
     wrapped, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     data = Triples(args.tokens_dir, args.batch_size, args.seed if args.shuffle else None)
@@ -319,11 +345,13 @@ def fit(accelerator: Accelerator, args, started: float) -> dict | None:
     accelerator.wait_for_everyone()
     log.signals, clock = cli.stop_softly(), time.time()
     log.clock = time.perf_counter()
+    how = {"cached_parts": args.cached_parts, "distils": objective.distillation is not None}
+    batches_of = functools.partial(micro_batches, data, model=model, accelerator=accelerator, packed=packed, **how)
     with ThreadPoolExecutor(1) as loader:  # builds the next batch while this one computes
-        upcoming = loader.submit(micro_batches, data, step, model, accelerator, packed, args.cached_parts)
+        upcoming = loader.submit(batches_of, step)
         while step < args.max_steps and not stop:
             batches = upcoming.result()
-            upcoming = loader.submit(micro_batches, data, step + 1, model, accelerator, packed, args.cached_parts)
+            upcoming = loader.submit(batches_of, step + 1)
             said = train_step(accelerator, wrapped, optimizer, batches, objective, args.max_grad_norm)
             log.add(said, scheduler.get_last_lr()[0], sum(batch["tokens"] for batch in batches))
             scheduler.step()

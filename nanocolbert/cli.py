@@ -55,6 +55,14 @@ not_negative_float = _number(float, 0, "a number, 0 or above")
 share = _number(float, 0, "a number from 0 to 1", most=1)
 
 
+def rate(text: str) -> float:
+    """A dropout rate."""
+    value = share(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below 1")
+    return value
+
+
 def maxlen(text: str) -> int:
     """Tokens of a text: [CLS], the marker, one word piece and [SEP] at least."""
     value = positive(text)

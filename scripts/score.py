@@ -36,7 +36,8 @@ from nanocolbert.storage.documents import kind_of, read_documents
 from nanocolbert.storage.ragged import Ids, IdWriter
 from nanocolbert.storage.texts import FOLDER as TEXTS_FOLDER
 from nanocolbert.storage.texts import Texts, TextWriter
-from nanocolbert.storage.tsv import batched, read_lines
+from nanocolbert.storage.training_files import read_id_rows, read_nway_rows
+from nanocolbert.storage.tsv import batched
 
 ROWS, PAIRS = 1024, 4096  # handed to the teacher at a time: whichever are fewer
 TEXTS = 2000  # stored at a time
@@ -47,25 +48,9 @@ TEXTS = 2000  # stored at a time
 
 def read_training_rows(path) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number, [qid, pid, ...]) of each training row. Raises InputError, which names the line."""
-    is_json = kind_of(path) == "jsonl"
-    for number, line in read_lines(path, "training rows"):
-        ids = ids_of_json(path, number, line) if is_json else line.split("\t")
-        if len(ids) < 2 or not all(ids):
-            raise InputError(f"{path}:{number}: found {len(ids)} id(s), expected qid, pid and maybe more pids")
-        yield number, ids
-
-
-def ids_of_json(path, number: int, line: str) -> list[str]:
-    """[qid, pid, ...] of a line of JSON, which may have [pid, score] in place of a pid. Raises InputError."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        row = None
-    if isinstance(row, list):
-        ids = [one[0] if isinstance(one, list) and len(one) == 2 else one for one in row]
-        if all(isinstance(one, str | int) and not isinstance(one, bool) for one in ids):
-            return [str(one) for one in ids]
-    raise InputError(f"{path}:{number}: {line[:60]!r} is no row: give [qid, pid, ...] or [qid, [pid, score], ...]")
+    rows = read_nway_rows(path, None) if kind_of(path) == "jsonl" else read_id_rows(path, None, None)
+    for row in rows:
+        yield row.number, row.ids
 
 
 def check_rows(path, qids: Ids, pids: Ids, queries, collection) -> tuple[int, int]:

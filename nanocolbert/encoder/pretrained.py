@@ -18,6 +18,7 @@ from nanocolbert.cli import InputError, first_line
 from nanocolbert.encoder import attention
 from nanocolbert.encoder.quiet import quietly
 from nanocolbert.storage.artifact import read_json
+from nanocolbert.text import MARKERS
 
 # model_types whose token embeddings of a text are the same alone and beside longer texts, and the same once saved and
 # loaded (tests/encoder/test_pretrained.py); not those that mix in the padding (convolutions, landmarks, hashes, blocks)
@@ -306,3 +307,15 @@ def padding_of_positions(encoder: nn.Module) -> int | None:
     """The padding id of an encoder whose positions follow from it, as RoBERTa's."""
     positions = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
     return getattr(positions, "padding_idx", None)
+
+
+def add_markers(tokenizer, encoder) -> dict[str, int]:
+    """Add the tokens [Q] and [D] (paper, section 3.2), which begin as the mean embedding. Returns settings."""
+    tokenizer.add_special_tokens({"additional_special_tokens": list(MARKERS.values())})
+    table = encoder.get_input_embeddings().weight
+    mean = table.detach()[: len(tokenizer) - len(MARKERS)].mean(0)
+    encoder.resize_token_embeddings(max(len(tokenizer), len(table)), mean_resizing=False)
+    ids = {kind: tokenizer.convert_tokens_to_ids(marker) for kind, marker in MARKERS.items()}
+    with torch.no_grad():
+        encoder.get_input_embeddings().weight[list(ids.values())] = mean
+    return {f"{kind}_marker_id": token for kind, token in ids.items()}

@@ -6,17 +6,21 @@ similarity to all passages of the batch, those of other processes too. It needs 
 Shapes: B queries of this process, N passages of all, L tokens at most, H hidden.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from nanocolbert.cli import InputError
 from nanocolbert.compute import map_alone
 from nanocolbert.encoder.batches import most_tokens
+from nanocolbert.encoder.pretrained import load_tokenizer, locate
 from nanocolbert.maxsim import maxsim
 from nanocolbert.storage.ragged import length_batches
-from nanocolbert.training.teachers import EVEN, OwnSimilarity
+from nanocolbert.text import tokenizer_fingerprint
+from nanocolbert.training.teachers import EVEN, OwnSimilarity, load_teacher
 
 Framed = tuple[np.ndarray, np.ndarray]  # word pieces (T,), lengths (n,)
 
@@ -24,9 +28,20 @@ Framed = tuple[np.ndarray, np.ndarray]  # word pieces (T,), lengths (n,)
 class Distillation:
     """Scores of a batch by an encoder's own similarity. Its word pieces are those of the model that is trained."""
 
-    def __init__(self, teacher: OwnSimilarity, accelerator: Accelerator, gather):
-        """gather(tensor (n, L, ...)): those of all processes, one after the other."""
-        self.teacher, self.accelerator, self.gather = teacher, accelerator, gather
+    def __init__(self, teacher: OwnSimilarity, gather: Callable | None = None):
+        """gather(tensor (n, L, ...)): those of all processes, one after the other; None of one process."""
+        self.teacher, self.gather = teacher, gather
+
+    @classmethod
+    def load(cls, name, similarity: str, tokens_dir, tokens_meta: dict, device, gather=None) -> "Distillation":
+        """By the encoder in a folder, or on the hub. Raises InputError where it cannot read these word pieces."""
+        teacher = load_teacher(name, similarity, device=device)
+        if tokenizer_fingerprint(load_tokenizer(locate(name))) != tokens_meta["tokenizer_fingerprint"]:
+            raise InputError(
+                f"--teacher {name}: another tokenizer than that of {tokens_dir}, {tokens_meta['tokenizer']}: "
+                "distil reads word pieces: score the rows by scripts/score.py and take kl"
+            )
+        return cls(teacher, gather)
 
     def embed(self, values: np.ndarray, lengths: np.ndarray) -> list[tuple[Tensor, Tensor]]:
         """Unit vectors (n, L, H) of word pieces, and their mask (n, L), for each similarity that is added up.
@@ -52,10 +67,10 @@ class Distillation:
 
     @torch.no_grad()
     def score(self, queries: Framed, passages: Framed) -> Tensor:
-        """The teacher's scores (B, N) fp32; several similarities are standardised over a query's passages, and added."""
+        """The teacher's scores (B, N) fp32; several similarities are standardised over a query's passages and added."""
         total = 0
         for (Q, _), (P, mask) in zip(self.embed(*queries), self.embed(*passages), strict=True):
-            if self.accelerator.num_processes > 1:
+            if self.gather is not None:
                 P, mask = self.gather(P), self.gather(mask)
             scores = maxsim(Q, P, mask)
             if self.teacher.similarity == "sum":

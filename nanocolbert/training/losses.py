@@ -100,8 +100,6 @@ def check_losses(losses: list[str], tokens_dir, tokens_meta: dict) -> None:
             raise InputError(
                 f"--loss {name}: {tokens_dir} has no teacher's scores: run tsv2mmap.py with --triples that have"
             )
-        if name == "distil":
-            raise InputError("--loss distil: there is no teacher")
 
 
 class Objective(nn.Module):
@@ -120,6 +118,7 @@ class Objective(nn.Module):
         terms = (loss.partition("=") for loss in losses)
         self.weights = {name: float(weight or 1) for name, _, weight in terms}
         self.scale, self.fixed, self.teacher_temperature = SCALES[similarity], temperature, teacher_temperature
+        self.distillation, self.pooling = None, None  # what gives teacher_all; how passages are pooled first
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if learn else None
 
     @property

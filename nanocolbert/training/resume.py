@@ -23,7 +23,7 @@ from nanocolbert.storage.checksums import check_sums, sums_of
 
 # Of every run before there were these settings.
 BEFORE = {"loss": ["softmax"], "temperature": 1.0, "learn_temperature": False, "teacher_temperature": 0.25}
-BEFORE |= {"cached_parts": 1}
+BEFORE |= {"cached_parts": 1, "pool_factor": None, "teacher": None, "teacher_similarity": None}
 PARTS = ("model.safetensors", "optimizer.bin", "scheduler.bin")  # of a checkpoint, beside each process's random states
 
 
@@ -112,7 +112,7 @@ def resume(accelerator: Accelerator, model, objective, args, settings: dict) -> 
         saved |= {"dropout": None, "attention_dropout": None}
     if saved.pop("in_batch_negatives", False):
         saved["loss"] = ["in_batch_negatives"]  # which were others than now
-    saved = BEFORE | saved
+    saved = {key: settings.get(key) for key in ("markers", "expand_queries_to")} | BEFORE | saved
     check_same_settings(last, saved, settings)
     if step > args.max_steps:
         raise InputError(f"{last}: already past --max_steps {args.max_steps}: give more, or another --output_dir")

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from nanocolbert.encoder.batches import to_device
+from nanocolbert.encoder.pooling import pool
 from nanocolbert.training.losses import Objective
 from nanocolbert.training.triples import TOKENS_PER_BATCH, Triples, collate
 
@@ -32,11 +33,14 @@ def make_optimizer(model, args, temperature: torch.nn.Parameter | None = None):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def micro_batches(data: Triples, step: int, model, accelerator: Accelerator, packed: bool, cached_parts: int = 1):
+def micro_batches(
+    data: Triples, step: int, model, accelerator: Accelerator, packed: bool, cached_parts: int = 1, distils=False
+):
     """This process's part of a step's triples, on its device, in as many micro-batches as gradients are accumulated.
 
-    A micro-batch is what `collate` returns, with "teacher" (B, K) where there are scores. Of several cached parts it
-    has "parts", the inputs of each, instead of "inputs"; the rest is of all.
+    A micro-batch is what `collate` returns, with "teacher" (B, K) where there are scores, and where it `distils` the
+    word pieces of its queries and passages, "texts". Of several cached parts it has "parts", the inputs of each,
+    instead of "inputs"; the rest is of all.
     """
     parts, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
     tokens_per_batch = TOKENS_PER_BATCH.get(accelerator.device.type, 1 << 14)
@@ -49,6 +53,9 @@ def micro_batches(data: Triples, step: int, model, accelerator: Accelerator, pac
     for rows in own(data.rows(step)):
         pieces = np.split(rows, cached_parts)
         batches.append(joined([collate(data, piece, model, tokens_per_batch, packed) for piece in pieces]))
+        if distils:
+            texts = data.queries.gather(rows[:, 0]), data.passages.gather(rows[:, 1:].reshape(-1))
+            batches[-1]["texts"] = texts
     scores = data.scores_of(step)  # (batch_size, K)
     for batch, teacher in zip(batches, own(scores) if scores is not None else [], strict=False):
         batch["teacher"] = torch.from_numpy(teacher)
@@ -113,13 +120,26 @@ def backward_in_parts(accelerator: Accelerator, wrapped, objective: Objective, b
 
 def losses_of(accelerator: Accelerator, objective: Objective, Q: Tensor, P: Tensor, batch: dict) -> dict[str, Tensor]:
     """The losses of this process's queries (B, Lq, D), over all processes' passages (N, Ld, D) where one needs them."""
-    mask, rows, first = batch["mask"], batch["passage_rows"], 0
+    mask, rows, first, teacher_all = batch["mask"], batch["passage_rows"], 0, batch.get("teacher_all")
+    if objective.pooling is not None:
+        P, mask = pool(P, mask, objective.pooling)
     if objective.looks_at_all and accelerator.num_processes > 1:
         first = accelerator.process_index * len(rows)
-        width = int(accelerator.reduce(torch.tensor(P.shape[1], device=P.device), "max"))
-        P, mask = Gathered.apply(widened(P, width), accelerator), accelerator.gather(widened(mask, width))
-        rows = accelerator.gather(rows)
-    return objective(Q, P, mask, rows, first, batch.get("teacher"), batch.get("teacher_all"))
+        P = Gathered.apply(as_wide_as_all(P, accelerator), accelerator)
+        mask, rows = gather(mask, accelerator), accelerator.gather(rows)
+    if objective.distillation is not None:
+        teacher_all = objective.distillation.score(*batch["texts"])
+    return objective(Q, P, mask, rows, first, batch.get("teacher"), teacher_all)
+
+
+def gather(tensor: Tensor, accelerator: Accelerator) -> Tensor:
+    """(n, L, ...) of all processes, one after the other, as wide as the widest."""
+    return accelerator.gather(as_wide_as_all(tensor, accelerator))
+
+
+def as_wide_as_all(tensor: Tensor, accelerator: Accelerator) -> Tensor:
+    """(n, L, ...) filled with zeros to the widest of all processes."""
+    return widened(tensor, int(accelerator.reduce(torch.tensor(tensor.shape[1], device=tensor.device), "max")))
 
 
 def widened(tensor: Tensor, width: int) -> Tensor:

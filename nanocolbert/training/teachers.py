@@ -257,7 +257,9 @@ class LateInteraction:
 # -------------------------------------------------------------------------------------------------------- from a folder
 
 
-def load_teacher(name_or_path, similarity: str | None = None, max_tokens: int | None = None, fp32: bool = False):
+def load_teacher(
+    name_or_path, similarity: str | None = None, max_tokens: int | None = None, fp32: bool = False, device=None
+):
     """The teacher in a folder, or on the hub: a cross-encoder, or an encoder with one of SIMILARITIES.
 
     config.json tells which: its architectures end with ForSequenceClassification, or not. A ColBERT is loaded by its
@@ -270,7 +272,7 @@ def load_teacher(name_or_path, similarity: str | None = None, max_tokens: int | 
     if str(architectures[0]).endswith("ForSequenceClassification"):
         if similarity is not None:
             raise InputError(f"{name_or_path}: a cross-encoder, which scores by itself: leave out --similarity")
-        return load_cross_encoder(name_or_path, folder, max_tokens, fp32)
+        return load_cross_encoder(name_or_path, folder, max_tokens, fp32, device or default_device())
     if similarity is None:
         raise InputError(
             f"{name_or_path}: an encoder, neither a cross-encoder nor a ColBERT: say how it compares texts by "
@@ -281,10 +283,10 @@ def load_teacher(name_or_path, similarity: str | None = None, max_tokens: int | 
     check_vocabulary(name_or_path, tokenizer, encoder)
     check_weights(encoder, name_or_path)
     length = fitting(name_or_path, encoder, max_tokens, ENCODER_TOKENS)
-    return OwnSimilarity(encoder.to(default_device()).eval(), tokenizer, similarity, length, fp32)
+    return OwnSimilarity(encoder.to(device or default_device()).eval(), tokenizer, similarity, length, fp32)
 
 
-def load_cross_encoder(name, folder, max_tokens: int | None, fp32: bool) -> CrossEncoder:
+def load_cross_encoder(name, folder, max_tokens: int | None, fp32: bool, device) -> CrossEncoder:
     """Raises InputError where the model has not one or two labels, no tokenizer, or not all of its weights."""
     with loading(f"{name}: no cross-encoder could be loaded"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -309,7 +311,7 @@ def load_cross_encoder(name, folder, max_tokens: int | None, fp32: bool) -> Cros
     check_weights(model, name)
     usual = min(PAIR_TOKENS, tokenizer.model_max_length)
     length = fitting(name, model.base_model, max_tokens, usual)
-    return CrossEncoder(model.to(default_device()).eval(), tokenizer, length, fp32)
+    return CrossEncoder(model.to(device).eval(), tokenizer, length, fp32)
 
 
 def fitting(name, encoder: nn.Module, asked: int | None, usual: int) -> int:

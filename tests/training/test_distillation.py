@@ -1,7 +1,5 @@
 """An encoder's own similarity of a batch equals what its teacher says of one pair of texts after the other."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -23,9 +21,7 @@ def pieces(teacher, texts):
 def test_scores_equal_those_of_pairs(encoder_dir, similarity, monkeypatch):
     monkeypatch.setattr(distillation, "most_tokens", lambda device: 40)
     teacher = load_teacher(encoder_dir, similarity, max_tokens=24, fp32=True)
-    found = Distillation(teacher, SimpleNamespace(num_processes=1), None).score(
-        pieces(teacher, QUERIES), pieces(teacher, PASSAGES)
-    )
+    found = Distillation(teacher).score(pieces(teacher, QUERIES), pieces(teacher, PASSAGES))
     wanted = np.stack(score_rows(teacher, [(query, PASSAGES) for query in QUERIES]))
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-4, atol=1e-4)
     assert not found.requires_grad
@@ -34,7 +30,7 @@ def test_scores_equal_those_of_pairs(encoder_dir, similarity, monkeypatch):
 def test_longer_texts_are_cut_and_processes_see_all_passages(encoder_dir):
     teacher = load_teacher(encoder_dir, "maxsim", max_tokens=8, fp32=True)
     long, short = (np.arange(20, 40), np.array([20])), (np.arange(20, 26), np.array([6]))
-    alone = Distillation(teacher, SimpleNamespace(num_processes=1), None)
+    alone = Distillation(teacher)
     torch.testing.assert_close(alone.score(long, long), alone.score(short, short))
-    twice = Distillation(teacher, SimpleNamespace(num_processes=2), lambda tensor: torch.cat([tensor, tensor]))
+    twice = Distillation(teacher, lambda tensor: torch.cat([tensor, tensor]))
     torch.testing.assert_close(twice.score(long, long), alone.score(long, long).repeat(1, 2))
