@@ -168,7 +168,7 @@ def test_a_teacher(tokens_dir, train_arguments, tmp_path):
     lines = read_log(tmp_path / "model/log.jsonl")
     first, last = lines[0], lines[-1]
     assert last["loss_kl"] < 0.5 * first["loss_kl"] and last["loss_margin_mse"] < first["loss_margin_mse"]
-    assert last["loss_softmax"] > 2 * np.log(2)  # of the passage that stands first
+    assert last["loss_softmax"] > np.log(2)  # worse than a guess at the passage that stands first
 
 
 def put(array, place, value):
