@@ -32,7 +32,7 @@ def parse_args():
     parser.add_argument("--model", required=True, help="ColBERT of any layout: folder, hub name, .dnn file")
     parser.add_argument("--output_dir", type=Path, required=True, help="the embeddings folder to write or complete")
     parser.add_argument("--part_size", type=positive, default=10_000, help="passages in a part (default 10000)")
-    parser.add_argument("--pool_factor", type=positive, help="embeddings made one (default: as the model has it, or 1)")
+    parser.add_argument("--pool_factor", type=positive, help="embeddings that become one (default: the model's own)")
     parser.add_argument("--bits", type=int, choices=BITS, help="compress at once, to so many bits a dimension")
     parser.add_argument("--nlist", type=positive, help="--bits: centroids (default: near 4 sqrt(embeddings))")
     parser.add_argument("--seed", type=seed, default=12345, help="--bits: of the sample that the codec is trained on")
