@@ -69,9 +69,12 @@ REPORTED = {
 HELD_OUT = 17_391  # SQuAD's train paragraphs from this pid on are not trained on: recipes are chosen on their questions
 CHOOSING = {name: Collection(f"choosing-{name}", "queries.tsv", "qrels.tsv") for name in ("squad", "scifact", "wiki")}
 
+PLUS = "configs/squad-plus.sh"
 ROWS = {
     "squad": Row("configs/squad.sh", says="as before: [MASK] fill, markers, in-batch negatives, lr 1e-4"),
-    "squad-plus": Row("configs/squad-plus.sh", says="the recipe"),
+    "untrained": Row(PLUS, ("--max_steps", "0"), "the recipe's start: principal directions, no fill, no markers"),
+    "untrained-v1": Row("configs/squad.sh", ("--max_steps", "0"), "the same start with v1's fill and markers"),
+    "squad-plus": Row(PLUS, says="the recipe"),
 }
 
 
@@ -127,8 +130,8 @@ def training_file(data: Path) -> Path:
 def tokens_of(name: str, folder: Path, base: str, **more) -> Path:
     """The tokens of a collection, long enough for any row."""
     out = WORK / "tokens" / name
-    lengths = {"query_maxlen": 64, "doc_maxlen": LONGEST}
-    made = {"collection": folder / "collection.tsv", "tokenizer": base, "output_dir": out, **lengths, **more}
+    made = {"collection": folder / "collection.tsv", "tokenizer": base, "output_dir": out}
+    made |= {"query_maxlen": 64, "doc_maxlen": LONGEST, **more}
     run("tsv2mmap.py", out.with_suffix(".json"), **made)
     return out
 
@@ -139,7 +142,9 @@ def train(name: str, row: Row, seed: int, args) -> tuple[Path, dict]:
     base = array(row.config, "BASE_MODEL")[0]
     recipe = flags_of([*array(row.config, "TRAIN"), *row.changes])
     triples = {"queries": squad / "queries.train.tsv", "triples": training_file(args.data)}
-    tokens = tokens_of("training", squad, base, **triples)
+    lengths = flags_of(array(row.config, "TOKENS"))
+    name_of_tokens = "-".join(["training", *(word for words in lengths.values() for word in words)])
+    tokens = tokens_of(name_of_tokens, squad, base, **triples, **{"query_maxlen": 32, "doc_maxlen": 180, **lengths})
     made = {"tokens_dir": tokens, "base_model": base, "output_dir": out / "model", **recipe, "seed": seed}
     return out / "model", run("train.py", out / "model.json", **made, shuffle=True)
 

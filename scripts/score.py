@@ -1,4 +1,4 @@
-"""Have a teacher score the passages of training rows, for a student to be trained towards: docs/training-teachers.md.
+"""Have a teacher score the passages of training rows, for a student to be trained towards: docs/training.md.
 
     python scripts/score.py --teacher path/to/cross-encoder --collection passages.tsv --queries queries.train.tsv \
         --rows rows.jsonl --output scored.jsonl
