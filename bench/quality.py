@@ -10,7 +10,8 @@ writes  results/quality/NAME.json: of each collection its measure for each seed,
         encoder's mean-pooled vector where these were measured before; of each training seconds and memory.
         experiments/quality/ holds what was made on the way, and is used again: remove NAME there to repeat it
 
-Search is exact (every passage), so what is measured is the model. Passages that train.py saw are SQuAD's alone.
+Search is by the index with vectors and --quality best, which finds what exact search finds. Passages that train.py saw
+are SQuAD's alone.
 """
 
 import argparse
@@ -150,21 +151,17 @@ def train(name: str, row: Row, seed: int, args) -> tuple[Path, dict]:
 
 
 def search(name: str, collection: Collection, model: Path, queries: Path, tokens: Path) -> Path:
-    """The run of a model on a collection, by exact search."""
-    path, embeddings = model.parent / f"{name}.run", model.parent / f"{collection.folder}-embeddings"
+    """The run of a model on a collection, by an index with vectors, at its best quality."""
+    path, folder = model.parent / f"{name}.run", model.parent / "made"
     log = path.with_suffix(".json")
-    if not log.exists():  # then there may be no embeddings any more
+    embeddings, index = (folder / f"{collection.folder}-{what}" for what in ("embeddings", "index"))
+    if not log.exists():  # then there may be no index any more
         made = {"tokens_dir": tokens, "model": model, "output_dir": embeddings}
         run("doc2embedding.py", embeddings.with_suffix(".json"), **made)
-    run("retrieve.py", log, model=model, index_dir=embeddings, queries=queries, output=path, k=K, exact=True)
+        made = {"embedding_dir": embeddings, "output_dir": index, "keep_vectors": True}
+        run("build_index.py", index.with_suffix(".json"), **made)
+    run("retrieve.py", log, model=model, index_dir=index, queries=queries, output=path, k=K, quality="best")
     return path
-
-
-def forget_embeddings(folder: Path) -> None:
-    """Remove embeddings that have been searched, which are large, and what says that they were made."""
-    for embeddings in folder.glob("*-embeddings"):
-        embeddings.with_suffix(".json").unlink(missing_ok=True)
-        shutil.rmtree(embeddings)
 
 
 def baseline(method: str, name: str, folder: Path, queries: Path) -> Path:
@@ -213,7 +210,7 @@ def found_by(name: str, seed: int, collections: dict[str, Collection], args) -> 
             paths[of] = baseline(name, of, folder, queries)
         else:
             paths[of] = search(of, collection, model, queries, tokens_of(collection.folder, folder, base))
-    forget_embeddings(WORK / name / str(seed))
+    shutil.rmtree(WORK / name / str(seed) / "made", ignore_errors=True)  # gigabytes, and searched
     return paths, training
 
 
