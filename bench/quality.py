@@ -68,7 +68,8 @@ REPORTED = {
 }
 
 HELD_OUT = 17_391  # SQuAD's train paragraphs from this pid on are not trained on: recipes are chosen on their questions
-CHOOSING = {name: Collection(f"choosing-{name}", "queries.tsv", "qrels.tsv") for name in ("squad", "scifact", "wiki")}
+CHOOSING = ("choosing-squad", "choosing-scifact", "choosing-wiki")
+CHOOSING = {name: Collection(name, "queries.tsv", "qrels.tsv") for name in CHOOSING}
 
 PLUS = "configs/squad-plus.sh"
 ROWS = {
@@ -254,7 +255,7 @@ def write_choosing(data: Path) -> None:
     find the paragraph without it.
     """
     rng = random.Random(7)
-    if (WORK / CHOOSING["wiki"].folder).exists():
+    if (WORK / CHOOSING["choosing-wiki"].folder).exists():
         return
 
     def rows(path) -> list[list[str]]:
@@ -271,7 +272,12 @@ def write_choosing(data: Path) -> None:
     texts, questions = rows("squad/collection.tsv"), dict(rows("squad/queries.train.tsv"))
     kept = {pid for pid, _ in texts if HELD_OUT <= int(pid) < HELD_OUT + 1500}
     judged = rng.sample([row for row in rows("squad/qrels.train.tsv") if row[2] in kept], 600)
-    write("squad", [row for row in texts if row[0] in kept], [[row[0], questions[row[0]]] for row in judged], judged)
+    write(
+        "choosing-squad",
+        [row for row in texts if row[0] in kept],
+        [[row[0], questions[row[0]]] for row in judged],
+        judged,
+    )
 
     texts, claims = rows("scifact/collection.tsv"), dict(rows("scifact/queries.train.tsv"))
     judged, tested = rows("scifact/qrels.train.tsv"), {row[2] for row in rows("scifact/qrels.test.tsv")}
@@ -280,7 +286,10 @@ def write_choosing(data: Path) -> None:
     kept = {row[2] for row in judged}
     kept |= set(rng.sample([pid for pid, _ in texts if pid not in tested | kept], 900 - len(kept)))
     write(
-        "scifact", [row for row in texts if row[0] in kept], [[q, t] for q, t in claims.items() if q in asked], judged
+        "choosing-scifact",
+        [row for row in texts if row[0] in kept],
+        [[q, t] for q, t in claims.items() if q in asked],
+        judged,
     )
 
     passages, queries = [], []
@@ -290,7 +299,7 @@ def write_choosing(data: Path) -> None:
             passages.append([pid, " ".join((sentences[0], *sentences[2:]))])
             queries.append([pid, sentences[1]])
     passages, queries = passages[:1000], queries[:300]
-    write("wiki", passages, queries, [[pid, "0", pid, "1"] for pid, _ in queries])
+    write("choosing-wiki", passages, queries, [[pid, "0", pid, "1"] for pid, _ in queries])
 
 
 def parse_args():
