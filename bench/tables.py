@@ -304,9 +304,54 @@ def serve() -> str:
     )
 
 
+def recipes() -> str:
+    """results/quality/: a row for each way of training, the mean of its seeds on each collection."""
+    found = [json.loads(path.read_text()) for path in sorted((RESULTS / "quality").glob("*.json"))]
+    names = list(dict.fromkeys(name for result in found for name in result["collections"]))
+    measures = {name: result["collections"][name]["measure"] for result in found for name in result["collections"]}
+    rows = []
+    for result in sorted(found, key=lambda result: ("changes" in result, result["name"])):
+        cells = [recipe_cell(result["collections"].get(name)) for name in names]
+        seconds = [training["processor_seconds"] for training in result["training"]]
+        memory = [training["private_mb"] for training in result["training"]]
+        cost = [f"{sum(seconds) / len(seconds) / 60:.0f} min, {max(memory):,} MB" if any(seconds) else ""]
+        rows.append([result["name"], *cells, *cost])
+    return table(
+        ["", *(f"{name}, {measures[name]}" for name in names), "processor time and memory of a training"], rows
+    )
+
+
+def recipe_cell(found: dict | None) -> str:
+    """The mean of the seeds, how far apart they are, and marks of paired tests (p < 0.05) against the baselines."""
+    if found is None:
+        return ""
+    seeds = found["seeds"]
+    marks = "".join(
+        mark if found[method]["difference"] > 0 else mark.lower()
+        for method, mark in (("bm25", "B"), ("mean_pool", "M"))
+        if found.get(method, {}).get("p", 1) < 0.05
+    )
+    spread = f" ± {(max(seeds) - min(seeds)) / 2:.4f}" if len(seeds) > 1 else ""
+    return f"{sum(seeds) / len(seeds):.4f}{spread}" + (f" {marks}" if marks else "")
+
+
 TABLES = {
     function.__name__: function
-    for function in (reference, zen3, gpu, search, beside, untrained, growth, memory, documents, serve, quality, parity)
+    for function in (
+        reference,
+        zen3,
+        gpu,
+        search,
+        beside,
+        untrained,
+        growth,
+        memory,
+        documents,
+        serve,
+        quality,
+        parity,
+        recipes,
+    )
 }
 
 
