@@ -66,7 +66,7 @@ def add_data_and_model(group) -> None:
         type=count,
         help="fill queries with [MASK] to N tokens; 0: not at all (default: all, as v1)",
     )
-    group.add_argument("--pool_factor", type=positive, help="pool a passage's vectors, N to one (default 1: not)")
+    group.add_argument("--pool_factor", type=positive, help="pool a passage's vectors, N to one (default: as it comes)")
     group.add_argument(
         "--projection",
         choices=("orthogonal", "principal"),
