@@ -66,7 +66,7 @@ def add_data_and_model(group) -> None:
         type=count,
         help="fill queries with [MASK] to N tokens; 0: not at all (default: all, as v1)",
     )
-    group.add_argument("--pool_factor", type=positive, help="pool a passage's vectors, N to one (default 1: not)")
+    group.add_argument("--pool_factor", type=positive, help="pool a passage's vectors, N to one (default: as it comes)")
     group.add_argument(
         "--projection",
         choices=("orthogonal", "principal"),
@@ -199,7 +199,7 @@ def check_args(args, accelerator: Accelerator) -> dict:
         verify(args.base_model)
     if not tokens_meta["counts"].get("triples"):
         raise InputError(f"{args.tokens_dir}: holds no triples: run tsv2mmap.py with --triples")
-    check_losses(args.loss, args.tokens_dir, tokens_meta)
+    check_losses(args.loss, args.tokens_dir, tokens_meta, args.batch_size // args.gradient_accumulation_steps)
     shares = accelerator.num_processes * args.gradient_accumulation_steps * args.cached_parts
     if args.batch_size % shares:
         raise InputError(
@@ -223,6 +223,7 @@ def load_model(args, tokens_meta: dict) -> ColBERT:
     What args leave open about the model is filled in.
     """
     model = go_on_from(args) if is_colbert(args.base_model) else start_from(args, tokens_meta)
+    model.check_tokens(args.base_model, args.tokens_dir, tokens_meta)
     if args.projection == "principal":
         if args.dim > model.linear.in_features:
             raise InputError(
@@ -232,7 +233,6 @@ def load_model(args, tokens_meta: dict) -> ColBERT:
         passages = Ragged(args.tokens_dir / "passages")
         sample = np.random.default_rng(args.seed).choice(len(passages), min(512, len(passages)), replace=False)
         model.eval().project_on_principal(*passages.gather(np.sort(sample)))
-    model.check_tokens(args.base_model, args.tokens_dir, tokens_meta)
     model.config.pool_factor = args.pool_factor or model.config.pool_factor
     return model
 

@@ -224,6 +224,8 @@ def main(args) -> None:
     if args.for_choosing:
         collections = CHOOSING
         write_choosing(args.data)
+    if unknown := [name for name in args.only or () if name not in collections]:
+        sys.exit(f"--only {unknown[0]}: none of {', '.join(collections)}")
     if args.only:
         collections = {name: collections[name] for name in args.only}
     seeds = args.seeds if args.name in ROWS else [0]

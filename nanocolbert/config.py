@@ -132,13 +132,19 @@ AutoConfig.register("colbert", ColBERTConfig)  # so that a tokenizer loads from 
 
 
 def check_fits(name, config: ColBERTConfig, longest: int, known: int) -> None:
-    """Raise InputError where settings ask for more than an encoder's `longest` text, or for none of its `known` tokens.
+    """Raise InputError where settings ask for more than an encoder's `longest` text, or for none of its `known` tokens,
+    or fill queries beyond their length.
 
     name: the model's, for messages.
     """
     asked = max(config.query_maxlen, config.doc_maxlen)
     if asked > longest:
         raise InputError(f"{name}: takes {longest} tokens, {asked} were asked for")
+    if config.expand_queries_to > config.query_maxlen:
+        raise InputError(
+            f"{name}: expand_queries_to {config.expand_queries_to}: queries have {config.query_maxlen} tokens "
+            "(query_maxlen): give at most as many"
+        )
     last = max([*config.skiplist, *config.frame("query")[0], *config.frame("passage")[0], config.mask_token_id])
     if last >= known:
         raise InputError(f"{name}: token {last} is put into texts, or dropped, but its encoder has {known} embeddings")

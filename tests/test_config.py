@@ -3,6 +3,7 @@
 import pytest
 
 from nanocolbert.cli import InputError
+from nanocolbert.config import ColBERTConfig, check_fits
 from nanocolbert.text import tokenizer_fingerprint
 
 
@@ -21,3 +22,11 @@ def test_an_index_made_with_another_tokenizer(colbert):
     colbert.check_tokenizer("index", {"tokenizer_fingerprint": tokenizer_fingerprint(colbert.tokenizer)})
     with pytest.raises(InputError, match="index: made with another tokenizer than the model now has"):
         colbert.check_tokenizer("index", {"tokenizer_fingerprint": "0"})
+
+
+def test_queries_are_filled_to_their_length_at_most():
+    ids = dict.fromkeys(("cls_token_id", "sep_token_id", "mask_token_id", "pad_token_id"), 0)
+    for fill in (0, 16, 32, None):
+        check_fits("m", ColBERTConfig(expand_queries_to=fill, **ids), 512, 100)
+    with pytest.raises(InputError, match="m: expand_queries_to 600: queries have 32 tokens"):  # the encoder takes 512
+        check_fits("m", ColBERTConfig(expand_queries_to=600, **ids), 512, 100)

@@ -92,6 +92,8 @@ def test_mistakes(train_arguments, toy_dir, encoder_dir, tmp_path):
     message = refused(train_arguments, folder, "--batch_size", 12, "--cached_parts", 8)
     assert "x 1 accumulation step(s) x 8 cached part(s): make it a multiple of 8" in message
     assert "--loss kl: " in refused(train_arguments, folder, "--loss", "softmax", "kl=2")
+    message = refused(train_arguments, folder, "--expand_queries_to", 600)
+    assert "expand_queries_to 600: queries have 32 tokens (query_maxlen): give at most as many" in message
     for wrong in ("x", "kl=", "kl=0", "kl=nan"):
         done = call_stage("train.py", *train_arguments, "--output_dir", folder, "--loss", wrong)
         assert done.returncode == 2 and "error: argument --loss: '" in done.stderr.splitlines()[-1]
@@ -109,13 +111,15 @@ def test_tokens_without_triples(train_arguments, toy_dir, encoder_dir, tmp_path)
     assert "holds no triples: run tsv2mmap.py with --triples" in message
 
 
-def test_another_tokenizer(train_arguments, encoder_dir, tmp_path):
+def test_another_tokenizer(train_arguments, encoder_dir, tmp_path, monkeypatch):
     shutil.copytree(encoder_dir, tmp_path / "other")
     vocabulary = (encoder_dir / "vocab.txt").read_text().splitlines()
     vocabulary[5], vocabulary[6] = vocabulary[6], vocabulary[5]
     (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
     BertTokenizerFast.from_pretrained(tmp_path).save_pretrained(tmp_path / "other")
-    message = refused(train_arguments, tmp_path / "model", "--base_model", tmp_path / "other")
+    monkeypatch.setattr(ColBERT, "project_on_principal", None)  # it may not know these word pieces: not to be called
+    flags = ("--base_model", tmp_path / "other", "--projection", "principal")
+    message = refused(train_arguments, tmp_path / "model", *flags)
     assert "another tokenizer than" in message and f"run tsv2mmap.py with --tokenizer {tmp_path / 'other'}" in message
     assert not (tmp_path / "model").exists()
 

@@ -20,7 +20,7 @@ from nanocolbert.encoder.pretrained import load_tokenizer, locate
 from nanocolbert.maxsim import maxsim
 from nanocolbert.storage.ragged import length_batches
 from nanocolbert.text import tokenizer_fingerprint
-from nanocolbert.training.teachers import EVEN, OwnSimilarity, load_teacher
+from nanocolbert.training.teachers import EVEN, OwnSimilarity, is_cross_encoder, load_teacher
 
 Framed = tuple[np.ndarray, np.ndarray]  # word pieces (T,), lengths (n,)
 
@@ -35,6 +35,11 @@ class Distillation:
     @classmethod
     def load(cls, name, similarity: str, tokens_dir, tokens_meta: dict, device, gather=None) -> "Distillation":
         """By the encoder in a folder, or on the hub. Raises InputError where it cannot read these word pieces."""
+        if is_cross_encoder(locate(name)):
+            raise InputError(
+                f"--teacher {name}: a cross-encoder, and distil wants an encoder: give one, or score the rows by "
+                "scripts/score.py and take kl"
+            )
         teacher = load_teacher(name, similarity, device=device)
         if tokenizer_fingerprint(load_tokenizer(locate(name))) != tokens_meta["tokenizer_fingerprint"]:
             raise InputError(

@@ -88,14 +88,21 @@ OF_ALL = {"in_batch", "distil"}  # look at the passages of all queries
 OF_NEGATIVES, OF_SCORES = {"softmax", "kl", "margin_mse"}, {"kl", "margin_mse"}  # need these in each row
 
 
-def check_losses(losses: list[str], tokens_dir, tokens_meta: dict) -> None:
-    """Raise InputError where a loss, NAME or NAME=WEIGHT, is there twice, or needs what the tokens do not have."""
+def check_losses(losses: list[str], tokens_dir, tokens_meta: dict, queries: int) -> None:
+    """Raise InputError where a loss, NAME or NAME=WEIGHT, is there twice, or needs what the tokens do not have.
+
+    queries: of a micro-batch of all processes.
+    """
     names = [loss.partition("=")[0] for loss in losses]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"--loss {' '.join(losses)}: {name} is there twice: give it once, with its weight")
         if name in OF_NEGATIVES and tokens_meta.get("passages_per_query") == 1:
             raise InputError(f"--loss {name}: {tokens_dir} has one passage a query: take in_batch, or mine negatives")
+        if name in OF_ALL and queries == tokens_meta.get("passages_per_query") == 1:
+            raise InputError(
+                f"--loss {name}: a micro-batch is one query and its passage, which says nothing: give more"
+            )
         if name in OF_SCORES and not tokens_meta.get("scored"):
             raise InputError(
                 f"--loss {name}: {tokens_dir} has no teacher's scores: run tsv2mmap.py with --triples that have"

@@ -112,7 +112,7 @@ def resume(accelerator: Accelerator, model, objective, args, settings: dict) -> 
         saved |= {"dropout": None, "attention_dropout": None}
     if saved.pop("in_batch_negatives", False):
         saved["loss"] = ["in_batch_negatives"]  # which were others than now
-    saved = {key: settings.get(key) for key in ("markers", "expand_queries_to")} | BEFORE | saved
+    saved = of_before(settings) | saved
     check_same_settings(last, saved, settings)
     if step > args.max_steps:
         raise InputError(f"{last}: already past --max_steps {args.max_steps}: give more, or another --output_dir")
@@ -124,6 +124,16 @@ def resume(accelerator: Accelerator, model, objective, args, settings: dict) -> 
         objective.log_temperature.data.fill_(saved["log_temperature"])
     accelerator.print(f"going on after step {step}")
     return step
+
+
+def of_before(settings: dict) -> dict:
+    """What a run.json from before there were all these settings says nothing of.
+
+    A new ColBERT then had markers and was filled to its length; one to go on from reads as it says itself.
+    """
+    if settings["projection"] is None:
+        return BEFORE | {key: settings[key] for key in ("markers", "expand_queries_to")}
+    return BEFORE | {"markers": True, "expand_queries_to": None}
 
 
 def check_same_settings(last: Path, saved: dict, settings: dict) -> None:

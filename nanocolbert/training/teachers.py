@@ -268,8 +268,7 @@ def load_teacher(
     """
     folder = locate(name_or_path)
     check_folder(folder)
-    architectures = read_settings(folder / "config.json").get("architectures") or [""]
-    if str(architectures[0]).endswith("ForSequenceClassification"):
+    if is_cross_encoder(folder):
         if similarity is not None:
             raise InputError(f"{name_or_path}: a cross-encoder, which scores by itself: leave out --similarity")
         return load_cross_encoder(name_or_path, folder, max_tokens, fp32, device or default_device())
@@ -284,6 +283,12 @@ def load_teacher(
     check_weights(encoder, name_or_path)
     length = fitting(name_or_path, encoder, max_tokens, ENCODER_TOKENS)
     return OwnSimilarity(encoder.to(device or default_device()).eval(), tokenizer, similarity, length, fp32)
+
+
+def is_cross_encoder(folder) -> bool:
+    """Whether the model in a folder scores pairs of texts."""
+    architectures = read_settings(folder / "config.json").get("architectures") or [""]
+    return str(architectures[0]).endswith("ForSequenceClassification")
 
 
 def load_cross_encoder(name, folder, max_tokens: int | None, fp32: bool, device) -> CrossEncoder:

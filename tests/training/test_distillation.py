@@ -1,9 +1,12 @@
 """An encoder's own similarity of a batch equals what its teacher says of one pair of texts after the other."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from nanocolbert.cli import InputError
 from nanocolbert.text import FRAME, tokenize
 from nanocolbert.training import distillation
 from nanocolbert.training.distillation import Distillation
@@ -34,3 +37,9 @@ def test_longer_texts_are_cut_and_processes_see_all_passages(encoder_dir):
     torch.testing.assert_close(alone.score(long, long), alone.score(short, short))
     twice = Distillation(teacher, lambda tensor: torch.cat([tensor, tensor]))
     torch.testing.assert_close(twice.score(long, long), alone.score(long, long).repeat(1, 2))
+
+
+def test_a_cross_encoder_compares_no_batch(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertForSequenceClassification"]}))
+    with pytest.raises(InputError, match=r"a cross-encoder, and distil wants an encoder: .* scripts/score.py"):
+        Distillation.load(tmp_path, "sum", "tokens", {}, torch.device("cpu"))

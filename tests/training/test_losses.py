@@ -167,10 +167,14 @@ def test_the_temperature_learns():
 )
 def test_what_a_loss_needs(losses, meta, said):
     with pytest.raises(InputError, match=said):
-        check_losses(losses, "tokens", meta)
+        check_losses(losses, "tokens", meta, 2)
 
 
 def test_all_losses_are_known():
     assert tuple(LOSSES) == NAMES and Scores.__dataclass_fields__.keys() >= {"own", "all", "teacher", "teacher_all"}
-    check_losses(["in_batch"], "tokens", {"passages_per_query": 1})
-    check_losses(["softmax", "kl=0.5", "margin_mse"], "tokens", {"passages_per_query": 3, "scored": True})
+    check_losses(["in_batch"], "tokens", {"passages_per_query": 1}, 2)
+    for loss in ("in_batch", "distil"):  # of one query and its passage it would be 0, whatever the model
+        with pytest.raises(InputError, match=f"--loss {loss}: a micro-batch is one query and its passage"):
+            check_losses([loss], "tokens", {"passages_per_query": 1}, 1)
+        check_losses([loss], "tokens", {"passages_per_query": 2}, 1)
+    check_losses(["softmax", "kl=0.5", "margin_mse"], "tokens", {"passages_per_query": 3, "scored": True}, 1)

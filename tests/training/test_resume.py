@@ -26,8 +26,16 @@ from nanocolbert.storage.artifact import SUM, read_json, verify
 from nanocolbert.storage.checksums import check_sums
 from nanocolbert.training.log import Log, read_log
 from nanocolbert.training.losses import Objective
-from nanocolbert.training.resume import BEFORE, check_same_draws, list_checkpoints, save_checkpoint
+from nanocolbert.training.resume import (
+    BEFORE,
+    check_same_draws,
+    check_same_settings,
+    list_checkpoints,
+    of_before,
+    save_checkpoint,
+)
 
+NEW = ("files", "processes", "device", SUM, *BEFORE, "markers", "expand_queries_to")  # in run.json
 PARTS = ("model.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "run.json")
 
 
@@ -43,7 +51,7 @@ def stopped(train_arguments, tmp_path_factory) -> Path:
 def as_before(checkpoint: Path) -> None:
     """Make a checkpoint one from before there were checksums."""
     saved = json.loads((checkpoint / "run.json").read_text())
-    old = {key: saved[key] for key in saved if key not in ("files", "processes", "device", SUM, *BEFORE)}
+    old = {key: saved[key] for key in saved if key not in NEW}
     (checkpoint / "run.json").write_text(json.dumps({**old, "in_batch_negatives": False}))
 
 
@@ -199,6 +207,18 @@ def test_a_checkpoint_of_before_on_a_colbert(model_dir, train_arguments, tmp_pat
     message = refused(flags, tmp_path / "model", "--resume", "--dropout", 0.1)
     assert "trained with dropout None, now 0.1" in message
     train(flags, tmp_path / "model", "--resume")
+
+
+def test_a_run_of_before_read_as_v1():
+    """It does not go on with another way of reading, but on a ColBERT, which has its own."""
+    new = {"projection": "orthogonal", "markers": True, "expand_queries_to": None, **BEFORE}
+    check_same_settings(Path("step-1"), of_before(new) | {"projection": "orthogonal"}, new)
+    for flag in ({"markers": False}, {"expand_queries_to": 0}, {"pool_factor": 2}):
+        other = new | flag
+        with pytest.raises(InputError, match=f"trained with {min(flag)} .*, now {min(flag.values())}"):
+            check_same_settings(Path("step-1"), of_before(other) | {"projection": "orthogonal"}, other)
+    on_colbert = new | {"projection": None, "markers": False, "expand_queries_to": 32}
+    check_same_settings(Path("step-1"), of_before(on_colbert) | {"projection": None}, on_colbert)
 
 
 class Evil:
