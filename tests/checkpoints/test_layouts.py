@@ -70,6 +70,18 @@ def test_round_trip_of_our_model(colbert, layout, tmp_path):
     assert_same(colbert, ColBERT.from_pretrained(tmp_path / "model"))
 
 
+def test_round_trip_without_markers_and_fill(encoder_dir, tmp_path):
+    model = ColBERT.from_base(encoder_dir, dim=16, markers=False, query_maxlen=19, doc_maxlen=49, expand_queries_to=0)
+    for layout in ("nanocolbert", "pylate", "sentence-transformers"):
+        model.save_pretrained(tmp_path / layout, layout=layout)
+        other = ColBERT.from_pretrained(tmp_path / layout)
+        other.config.strip_texts = False
+        assert_same(model.eval(), other)
+        assert (other.config.query_maxlen, other.config.expand_queries_to, other.config.markers("query")) == (19, 0, [])
+    with pytest.raises(InputError, match="the stanford layout cannot hold this model"):
+        model.save_pretrained(tmp_path / "stanford", layout="stanford")
+
+
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_round_trip_of_other_models(checkpoint, tmp_path):
     """Into every layout that can hold it (a Stanford model has one plain layer), and out again."""
