@@ -49,5 +49,5 @@ def test_commands_are_there_and_know_their_flags(page):
         assert (ROOT / script).is_file(), script
         if script.endswith(".py"):
             source = (ROOT / script).read_text() + (ROOT / "bench" / "measure.py").read_text()
-            for flag in re.findall(r" --(\w+)", words):
+            for flag in re.findall(r" --(?:no-)?(\w+)", words):
                 assert f'"--{flag}"' in source, f"{script} --{flag}"
