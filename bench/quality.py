@@ -71,12 +71,14 @@ HELD_OUT = 17_391  # SQuAD's train paragraphs from this pid on are not trained o
 CHOOSING = ("choosing-squad", "choosing-scifact", "choosing-wiki")
 CHOOSING = {name: Collection(name, "queries.tsv", "qrels.tsv") for name in CHOOSING}
 
-PLUS = "configs/squad-plus.sh"
+PLUS, SHORT = "configs/squad-plus.sh", ("--max_steps", "80", "--warmup_steps", "8")
 ROWS = {
     "squad": Row("configs/squad.sh", says="as before: [MASK] fill, markers, in-batch negatives, lr 1e-4"),
     "untrained": Row(PLUS, ("--max_steps", "0"), "the recipe's start: principal directions, no fill, no markers"),
     "untrained-v1": Row("configs/squad.sh", ("--max_steps", "0"), "the same start with v1's fill and markers"),
-    "squad-plus": Row(PLUS, says="the recipe"),
+    "squad-plus": Row(PLUS, says="labels and what the encoder knew"),
+    "distil": Row(PLUS, ("--loss", "distil", *SHORT), "what the encoder knew alone, a third of the steps"),
+    "labels": Row(PLUS, ("--loss", "in_batch", *SHORT), "the labels alone, as many steps"),
 }
 
 
