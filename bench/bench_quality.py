@@ -41,7 +41,7 @@ from nanocolbert.training.triples import TOKENS_PER_BATCH, Triples, collate
 WAYS = ("padded", "fast")
 RECIPE = {"mask_punctuation": True, "similarity": "cosine", "loss": ["in_batch"], "dropout": 0.0}
 RECIPE |= {"attention_dropout": 0.0, "projection": "principal", "lr": 1e-4, "schedule": "linear"}
-RECIPE |= {"weight_decay": 0.0, "max_grad_norm": 2.0}
+RECIPE |= {"weight_decay": 0.0, "max_grad_norm": 2.0, "markers": True, "expand_queries_to": None, "pool_factor": None}
 
 
 def padded_step(model: ColBERT, optimizer, data: Triples, rows: np.ndarray, args) -> torch.Tensor:

@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from made import DIM, NLIST, make_passages, make_query, offsets_of
+from numba import njit
 
+from nanocolbert.compute import compiled
 from nanocolbert.index.codec import Codec
-from nanocolbert.index.kernels import compiled as kernels
 from nanocolbert.index.kernels.score import LANES
 
 
 def test_compiled_without_a_folder_to_write_to():
-    names = {"kernels": kernels}
+    names = {}
     exec(compile("def double(x):\n    return 2 * x", "/nowhere/loops.py", "exec"), names)
     with pytest.raises(RuntimeError, match="no locator available"):
-        kernels.njit(cache=True)(names["double"])
-    assert kernels.compiled()(names["double"])(21) == 42
+        njit(cache=True)(names["double"])
+    assert compiled()(names["double"])(21) == 42
 
 
 def test_no_array_is_freed_while_its_address_is_used(tmp_path):
