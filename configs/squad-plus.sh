@@ -1,4 +1,4 @@
-# SQuAD as in configs/squad.sh, by a recipe that keeps what the encoder knew: docs/training.md says what each part gave.
+# SQuAD as in configs/squad.sh, by a recipe that keeps what the encoder knew: docs/log.md, "Training past v1".
 source configs/squad.sh
 OUT=experiments/squad-plus
 TOKENS+=(--query_maxlen 64 --doc_maxlen 256)

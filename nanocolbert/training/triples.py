@@ -73,12 +73,11 @@ class Triples:
         return self.order
 
 
-def collate(data: Triples, rows: np.ndarray, model, tokens_per_batch: int, packed: bool, scores=None) -> dict:
+def collate(data: Triples, rows: np.ndarray, model, tokens_per_batch: int, packed: bool) -> dict:
     """A micro-batch of triples (B, 1 + K): framed queries and passages in batches of like length, or all packed.
 
-    scores: (B, K) of the passages, or None. Returns the arguments of model.forward ("inputs"), what the loss needs
-    beside the embeddings it gives ("mask", "passage_rows", and the scores as "teacher"), and how many tokens there are,
-    padding aside.
+    Returns the arguments of model.forward ("inputs"), what the loss needs beside the embeddings it gives ("mask",
+    "passage_rows"), and how many tokens there are, padding aside.
     """
     passage_rows = rows[:, 1:].reshape(-1)  # (N,), N = B * K: each query's positive, then its negatives
     lengths = data.passages.lengths(passage_rows)
@@ -105,6 +104,5 @@ def collate(data: Triples, rows: np.ndarray, model, tokens_per_batch: int, packe
         "inputs": {"batches": batches, "scored": model.scored(attention_mask), "slots": slots[back]},
         "mask": mask[back],
         "passage_rows": torch.from_numpy(passage_rows.astype(np.int64)).view(len(rows), -1),  # (B, K)
-        "teacher": None if scores is None else torch.from_numpy(np.array(scores, np.float32)),  # (B, K)
         "tokens": tokens,
     }

@@ -80,13 +80,6 @@ def test_scores_are_of_the_rows_beside_them(scored_dir, tokens_dir, seed):
     assert Triples(tokens_dir, 24, seed).scores_of(0) is None
 
 
-def test_the_teacher_of_a_batch(scored_dir, model_dir):
-    model, data = ColBERT.from_pretrained(model_dir), Triples(scored_dir, 4, 1)
-    batch = collate(data, data.rows(1), model, 64, False, data.scores_of(1))
-    assert batch["teacher"].dtype == torch.float32 and batch["teacher"].tolist() == data.scores_of(1).tolist()
-    assert collate(data, data.rows(1), model, 64, False)["teacher"] is None
-
-
 def test_queries_with_one_passage_each(scored_dir, tokens_dir, model_dir):
     """As qrels alone give them."""
     (scored_dir / "triples.npy").unlink()
