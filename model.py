@@ -24,7 +24,7 @@ from nanocolbert import framing
 from nanocolbert.checkpoints import card, layouts
 from nanocolbert.checkpoints.parts import Checkpoint
 from nanocolbert.cli import InputError
-from nanocolbert.compute import by_threads, default_device, fast_dtype, without_dropout
+from nanocolbert.compute import autocast, by_threads, default_device, without_dropout
 from nanocolbert.config import ColBERTConfig, check_fits, check_ids, check_tokenizer, check_tokens
 from nanocolbert.encoder.attention import Packed, compute_dtype, encode_packed, pack, packable
 from nanocolbert.encoder.batches import most_tokens, to_device
@@ -283,8 +283,7 @@ class ColBERT(PreTrainedModel):
 
     def autocast(self, fp32: bool = False):
         """Compute in the device's fast 16-bit type where it has one, or in fp32 all the same."""
-        dtype = torch.float32 if fp32 else fast_dtype(self.device)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+        return autocast(self.device, fp32)
 
     # --------------------------------------------------------------------- whether what a stage wrote is of this model
 

@@ -32,6 +32,12 @@ def fast_dtype(device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and bf16_pays() else torch.float32
 
 
+def autocast(device: torch.device, fp32: bool = False) -> torch.autocast:
+    """Compute in the device's fast 16-bit type where it has one, or in fp32 all the same."""
+    dtype = torch.float32 if fp32 else fast_dtype(device)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
 def default_device() -> torch.device:
     """The GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

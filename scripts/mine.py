@@ -23,8 +23,6 @@ A run of 87,599 queries x 100 passages takes 47 s of one core and 87 MB.
 """
 
 import argparse
-import contextlib
-import gzip
 import json
 import random
 import re
@@ -50,7 +48,7 @@ from nanocolbert.storage.documents import as_json, kind_of, parse_record, read_d
 from nanocolbert.storage.ragged import Ids, IdWriter, Ragged, RaggedWriter
 from nanocolbert.storage.runs import read_qrels, read_rankings
 from nanocolbert.storage.training_files import read_nway_rows
-from nanocolbert.storage.tsv import HEADERS, PASSAGE_IDS, QUERY_IDS, batched, read_lines
+from nanocolbert.storage.tsv import HEADERS, PASSAGE_IDS, QUERY_IDS, batched, packing, read_lines
 
 ANSWERS = ("answers", "answer")
 WORD = re.compile(rf"[{CJK}]|[^\W{CJK}]+")  # one character where words are written without spaces
@@ -193,7 +191,7 @@ def draw(args, qid: str, pid: str, pool: list[str], answers: Answers | None, cou
     if answers:
         kept = []
         counts["rows_without_answer"] += not answers.of.get(qid)
-        for other, held in zip(pool, answers.held_by(qid, pool), strict=False):
+        for other, held in zip(pool, answers.held_by(qid, pool), strict=True):
             counts["negatives_by_answer"] += held
             kept += [] if held else [other]
             if len(kept) == args.negatives:
@@ -224,8 +222,7 @@ def noted(counts: Counter) -> list[str]:
 
 def write_rows(path, rows: Iterator[list], counts: Counter) -> None:
     """Write rows as lines of JSON, and count them; the file appears when whole. Raises InputError if there are none."""
-    with replacing(path) as raw, contextlib.ExitStack() as closed:
-        file = closed.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0)) if path.suffix == ".gz" else raw
+    with replacing(path) as raw, packing(raw, path) as file:
         for row in rows:
             file.write(json.dumps(row).encode() + b"\n")
             counts["rows"] += 1

@@ -19,9 +19,7 @@ source "$config"
 prepare
 if [ -z "$MODEL" ]; then
     tokens "$BASE_MODEL" --queries "$TRAIN_QUERIES" --triples "$TRIPLES"
-    MODEL=$OUT/model
-    stage "$MODEL/meta.json" "${LAUNCH[@]}" train.py --tokens_dir "$OUT/tokens" --base_model "$BASE_MODEL" \
-        --output_dir "$MODEL" --resume "${TRAIN[@]}"
+    train
 else
     tokens "$MODEL"
 fi

@@ -15,8 +15,6 @@ A text is embedded once for all rows of 1,024. An encoder takes as long as embed
 """
 
 import argparse
-import contextlib
-import gzip
 import json
 import sys
 import tempfile
@@ -37,7 +35,7 @@ from nanocolbert.storage.ragged import Ids, IdWriter
 from nanocolbert.storage.texts import FOLDER as TEXTS_FOLDER
 from nanocolbert.storage.texts import Texts, TextWriter
 from nanocolbert.storage.training_files import read_id_rows, read_nway_rows
-from nanocolbert.storage.tsv import batched
+from nanocolbert.storage.tsv import batched, packing
 
 ROWS, PAIRS = 1024, 4096  # handed to the teacher at a time: whichever are fewer
 TEXTS = 2000  # stored at a time
@@ -177,14 +175,12 @@ def score_chunk(teacher, chunk: list[list[str]], queries: Stored, passages: Stor
 def write_scores(path, teacher, rows, n_pairs: int, queries: Stored, passages: Stored) -> None:
     """Score all rows, below a bar, into a file that is there when it is whole."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as raw, contextlib.ExitStack() as closed:
-        if Path(path).suffix == ".gz":
-            raw = closed.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))
-        bar = closed.enter_context(progress(total=n_pairs, desc="score", unit=" pairs", unit_scale=True))
+    show = {"desc": "score", "unit": " pairs", "unit_scale": True}
+    with replacing(path) as raw, packing(raw, path) as file, progress(total=n_pairs, **show) as bar:
         n_done = 0
         for chunk in chunked(rows):
             for line in score_chunk(teacher, chunk, queries, passages, bar.update):
-                raw.write(line.encode())
+                file.write(line.encode())
             n_done += sum(len(ids) - 1 for ids in chunk)
             bar.update(n_done - bar.n)  # a pair that rows share was scored once
 

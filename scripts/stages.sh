@@ -26,6 +26,12 @@ tokens() {  # tokens MODEL ARGUMENTS...: the collection as word pieces of a mode
         --output_dir "$OUT/tokens" "${@:2}" "${TOKENS[@]}"
 }
 
+train() {  # the tokens' triples by TRAIN, into $OUT/model, which is MODEL from then on
+    MODEL=$OUT/model
+    stage "$MODEL/meta.json" "${LAUNCH[@]}" train.py --tokens_dir "$OUT/tokens" --base_model "$BASE_MODEL" \
+        --output_dir "$MODEL" --resume "${TRAIN[@]}"
+}
+
 index() {  # the embeddings of the tokens by MODEL, and an index of them
     stage "$OUT/embeddings/meta.json" "${LAUNCH[@]}" doc2embedding.py --tokens_dir "$OUT/tokens" --model "$MODEL" \
         --output_dir "$OUT/embeddings" "${EMBEDDINGS[@]}"

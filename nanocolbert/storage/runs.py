@@ -9,7 +9,6 @@ whose ranks contradict its scores is refused: two tools would measure two rankin
 """
 
 import contextlib
-import gzip
 import io
 import itertools
 import math
@@ -24,7 +23,7 @@ from nanocolbert.cli import InputError
 from nanocolbert.storage.artifact import replacing
 from nanocolbert.storage.cutting import document_of
 from nanocolbert.storage.ragged import Ids
-from nanocolbert.storage.tsv import HEADERS, check_header, open_bytes, read_lines
+from nanocolbert.storage.tsv import HEADERS, check_header, open_bytes, packing, read_lines
 
 TREC_COLUMNS = "qid, Q0, pid, rank, score, tag"
 MSMARCO_COLUMNS = "qid, pid, rank"
@@ -241,10 +240,8 @@ def write_run(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     queries = 0
-    with replacing(path) as raw, contextlib.ExitStack() as closed:
-        if path.suffix == ".gz":
-            raw = closed.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))
-        file = io.TextIOWrapper(raw, encoding="utf-8", newline="\n")
+    with replacing(path) as raw, packing(raw, path) as packed, contextlib.ExitStack() as closed:
+        file = io.TextIOWrapper(packed, encoding="utf-8", newline="\n")
         closed.callback(file.detach)  # what is beneath it is closed by others
         for qid, pids, scores in rankings:
             assert len(pids) == len(scores) == len(set(pids)), (qid, len(pids), len(scores), len(set(pids)))

@@ -1,4 +1,4 @@
-"""Text files as MS MARCO has them: plain UTF-8 lines, tab-separated, never CSV; `.gz` is read as it is.
+"""Text files as MS MARCO has them: plain UTF-8 lines, tab-separated, never CSV; `.gz` is read and written as it is.
 
 All text comes in through `open_bytes`, which passes over a byte-order mark.
 Every error names the file, the line, what was found and what to do.
@@ -41,6 +41,16 @@ def open_bytes(path, what: str):
             yield file
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise InputError(f"{path}: broken gzip file ({error}): fetch it again") from None
+
+
+@contextlib.contextmanager
+def packing(file, path):
+    """A binary file that packs what is written into another, where `path` ends with `.gz`; else that file itself."""
+    if not str(path).endswith(".gz"):
+        yield file
+        return
+    with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+        yield packed
 
 
 def decode(path, number: int, line: bytes) -> str:

@@ -14,13 +14,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nanocolbert.cli import InputError
-from nanocolbert.compute import map_alone
-from nanocolbert.encoder.batches import most_tokens
-from nanocolbert.encoder.pretrained import load_tokenizer, locate
+from nanocolbert.encoder.pretrained import locate
 from nanocolbert.maxsim import maxsim
-from nanocolbert.storage.ragged import length_batches
 from nanocolbert.text import tokenizer_fingerprint
-from nanocolbert.training.teachers import EVEN, OwnSimilarity, is_cross_encoder, load_teacher
+from nanocolbert.training.teachers import OwnSimilarity, is_cross_encoder, load_teacher, standardised
 
 Framed = tuple[np.ndarray, np.ndarray]  # word pieces (T,), lengths (n,)
 
@@ -41,7 +38,7 @@ class Distillation:
                 "scripts/score.py and take kl"
             )
         teacher = load_teacher(name, similarity, device=device)
-        if tokenizer_fingerprint(load_tokenizer(locate(name))) != tokens_meta["tokenizer_fingerprint"]:
+        if tokenizer_fingerprint(teacher.tokenizer) != tokens_meta["tokenizer_fingerprint"]:
             raise InputError(
                 f"--teacher {name}: another tokenizer than that of {tokens_dir}, {tokens_meta['tokenizer']}: "
                 "distil reads word pieces: score the rows by scripts/score.py and take kl"
@@ -53,22 +50,7 @@ class Distillation:
 
         values (T,), lengths (n,): one text after the other, cut to what the teacher takes.
         """
-        special, most = self.teacher.special, self.teacher.max_tokens - 2
-        first, last = special["cls_token_id"], special["sep_token_id"]
-        pieces = np.split(values.astype(np.int64), np.cumsum(lengths)[:-1])
-        ids = [torch.from_numpy(np.concatenate([[first], part[:most], [last]])) for part in pieces]
-        groups = length_batches(np.array([len(part) for part in ids]), most_tokens(self.teacher.device))
-
-        def states(rows) -> tuple[Tensor, ...]:
-            batch = pad_sequence([ids[row] for row in rows], True, special["pad_token_id"])
-            real = torch.arange(batch.shape[1]) < torch.tensor([len(ids[row]) for row in rows])[:, None]
-            return self.teacher.states(batch, real.long())
-
-        found = [()] * len(ids)
-        for rows, part in zip(groups, map_alone(states, groups, device=self.teacher.device), strict=True):
-            for row, of_text in zip(rows, part, strict=True):
-                found[row] = self.teacher.vectors(of_text)
-        return [padded(vectors) for vectors in zip(*found, strict=True)]
+        return [padded(vectors) for vectors in zip(*self.teacher.vectors_of(values, lengths), strict=True)]
 
     @torch.no_grad()
     def score(self, queries: Framed, passages: Framed) -> Tensor:
@@ -78,10 +60,7 @@ class Distillation:
             if self.gather is not None:
                 P, mask = self.gather(P), self.gather(mask)
             scores = maxsim(Q, P, mask)
-            if self.teacher.similarity == "sum":
-                deviation = scores.std(1, correction=0, keepdim=True).clamp_min(EVEN)
-                scores = (scores - scores.mean(1, keepdim=True)) / deviation
-            total = total + scores
+            total = total + (standardised(scores) if self.teacher.similarity == "sum" else scores)
         return total
 
 

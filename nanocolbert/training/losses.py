@@ -14,10 +14,7 @@ from torch import Tensor, nn
 from nanocolbert.cli import InputError
 from nanocolbert.maxsim import maxsim, maxsim_pairs
 
-SCALES = {
-    "l2": 2.0,
-    "cosine": 1.0,
-}  # of MaxSim: v1's l2 similarity is -|q - d|^2 = 2 q.d - 2, softmax that of 2 q.d
+SCALES = {"l2": 2.0, "cosine": 1.0}  # of MaxSim: v1's l2 similarity is -|q - d|^2 = 2 q.d - 2, softmax that of 2 q.d
 NEVER = -1e9  # the logit of what is left out: its probability is 0, and 0 times its logarithm is no nan
 
 

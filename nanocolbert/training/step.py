@@ -57,8 +57,9 @@ def micro_batches(
             texts = data.queries.gather(rows[:, 0]), data.passages.gather(rows[:, 1:].reshape(-1))
             batches[-1]["texts"] = texts
     scores = data.scores_of(step)  # (batch_size, K)
-    for batch, teacher in zip(batches, own(scores) if scores is not None else [], strict=False):
-        batch["teacher"] = torch.from_numpy(teacher)
+    if scores is not None:
+        for batch, teacher in zip(batches, own(scores), strict=True):
+            batch["teacher"] = torch.from_numpy(teacher)
     return to_device(batches, accelerator.device)
 
 

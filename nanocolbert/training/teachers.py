@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoTokenizer
 
 from nanocolbert.cli import InputError
-from nanocolbert.compute import default_device, fast_dtype, map_alone
+from nanocolbert.compute import autocast, default_device, map_alone
 from nanocolbert.encoder.attention import compute_dtype, encode_packed, pack, packable
 from nanocolbert.encoder.batches import to_device, tokens_per_batch
 from nanocolbert.encoder.pretrained import (
@@ -84,7 +84,13 @@ def combined(scores: np.ndarray) -> np.ndarray:
     """
     if scores.shape[1] == 1:
         return scores[:, 0]
-    return ((scores - scores.mean(0)) / np.maximum(scores.std(0), EVEN)).sum(1)
+    return standardised(torch.from_numpy(scores.T)).sum(0).numpy()
+
+
+def standardised(scores: Tensor) -> Tensor:
+    """Scores (n, K), each row less its mean and over its standard deviation; 0 where all of a row are the same."""
+    deviation = scores.std(1, correction=0, keepdim=True).clamp_min(EVEN)
+    return (scores - scores.mean(1, keepdim=True)) / deviation
 
 
 def pairs_of_passages(pairs: np.ndarray, n_passages: int) -> list[np.ndarray]:
@@ -110,12 +116,6 @@ def by_batches(framed: dict[str, list], device, function: Callable) -> Iterator[
     lengths = np.array([len(ids) for ids in framed["input_ids"]], np.int64)
     batches = length_batches(lengths, tokens_per_batch(device, int(lengths.sum())))
     yield from zip(batches, map_alone(torch.inference_mode()(function), batches, device=device), strict=True)
-
-
-def autocast(device, fp32: bool):
-    """Compute in the device's fast 16-bit type where it has one, or in fp32 all the same."""
-    dtype = torch.float32 if fp32 else fast_dtype(device)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------- teachers
@@ -172,16 +172,14 @@ class OwnSimilarity:
         """max_tokens: of a text, with [CLS] and [SEP]."""
         assert similarity in SIMILARITIES, similarity
         self.encoder, self.similarity, self.max_tokens, self.fp32 = encoder, similarity, max_tokens, fp32
+        self.tokenizer = tokenizer
         self.backend, self.special = own_backend(tokenizer), special_token_ids(tokenizer)
         self.device = next(encoder.parameters()).device
         own_attention(encoder)
 
     def score(self, queries: list[str], passages: list[str], pairs: np.ndarray, done=nothing) -> np.ndarray:
         """Scores (n, 1) of pairs (n, 2), or (n, 2) of `sum`. Passages' vectors are made, scored and forgotten."""
-        held = [()] * len(queries)
-        for rows, vectors in self.embed(queries, lambda _, vectors: vectors):
-            for row, of_query in zip(rows, vectors, strict=True):
-                held[row] = of_query
+        held = self.vectors_of(*self.pieces(queries))
         within = pairs_of_passages(pairs, len(passages))
 
         def score_batch(rows, vectors: list[tuple]) -> Tensor:
@@ -193,16 +191,27 @@ class OwnSimilarity:
             return torch.stack(found).cpu()
 
         scores = np.empty((len(pairs), 2 if self.similarity == "sum" else 1), np.float32)
-        for rows, found in self.embed(passages, score_batch):
+        for rows, found in self.embed(*self.pieces(passages), score_batch):
             scores[np.concatenate([within[row] for row in rows])] = found.numpy()
             done(len(found))
         return scores
 
-    def embed(self, texts: list[str], then: Callable) -> Iterator[tuple[np.ndarray, object]]:
-        """Yield (rows, then(rows, their `vectors`)) of batches of texts."""
-        pieces, lengths = tokenize(self.backend, texts, self.max_tokens - 2 + FRAME)
-        first, last = self.special["cls_token_id"], self.special["sep_token_id"]
-        ids = [[first, *part.tolist(), last] for part in np.split(pieces, np.cumsum(lengths)[:-1])]
+    def pieces(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Word pieces (T,), one text after the other, and lengths (n,)."""
+        return tokenize(self.backend, texts, self.max_tokens - 2 + FRAME)
+
+    def vectors_of(self, values: np.ndarray, lengths: np.ndarray) -> list[tuple[Tensor, ...]]:
+        """The `vectors` of each text of word pieces: values (T,), lengths (n,)."""
+        found = [()] * len(lengths)
+        for rows, vectors in self.embed(values, lengths, lambda _, vectors: vectors):
+            for row, of_text in zip(rows, vectors, strict=True):
+                found[row] = of_text
+        return found
+
+    def embed(self, values: np.ndarray, lengths: np.ndarray, then: Callable) -> Iterator[tuple[np.ndarray, object]]:
+        """Yield (rows, then(rows, their `vectors`)) of batches of texts: values (T,), which are cut, lengths (n,)."""
+        first, last, most = self.special["cls_token_id"], self.special["sep_token_id"], self.max_tokens - 2
+        ids = [[first, *part[:most].tolist(), last] for part in np.split(values, np.cumsum(lengths)[:-1])]
         framed = {"input_ids": ids, "attention_mask": [[1] * len(part) for part in ids]}
 
         def run(rows) -> object:

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from nanocolbert.cli import InputError
-from nanocolbert.text import FRAME, tokenize
-from nanocolbert.training import distillation
+from nanocolbert.training import teachers
 from nanocolbert.training.distillation import Distillation
 from nanocolbert.training.teachers import SIMILARITIES, load_teacher, score_rows
 
@@ -16,15 +15,11 @@ QUERIES = ["the old boat", "eagle?", "find a new house near the drum"]
 PASSAGES = ["a boat, and a house!", "eagle", "grape [SEP] flute", "cloud " * 40, "the drum; (old) -- apple's"]
 
 
-def pieces(teacher, texts):
-    return tokenize(teacher.backend, texts, teacher.max_tokens - 2 + FRAME)
-
-
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_scores_equal_those_of_pairs(encoder_dir, similarity, monkeypatch):
-    monkeypatch.setattr(distillation, "most_tokens", lambda device: 40)
+    monkeypatch.setattr(teachers, "tokens_per_batch", lambda device, total: 40)
     teacher = load_teacher(encoder_dir, similarity, max_tokens=24, fp32=True)
-    found = Distillation(teacher).score(pieces(teacher, QUERIES), pieces(teacher, PASSAGES))
+    found = Distillation(teacher).score(teacher.pieces(QUERIES), teacher.pieces(PASSAGES))
     wanted = np.stack(score_rows(teacher, [(query, PASSAGES) for query in QUERIES]))
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-4, atol=1e-4)
     assert not found.requires_grad
