@@ -134,7 +134,7 @@ def fp32(monkeypatch):
     """Compute in fp32 even where the CPU has bf16, so that small differences are mistakes."""
     import torch
 
-    monkeypatch.setattr("model.fast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("nanocolbert.compute.fast_dtype", lambda device: torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,7 @@ def test_part_size_is_no_matter(embedding_dir, embedding_arguments, tmp_path, pa
 
 
 def test_part_size_is_no_matter_at_all_in_fp32(embedding_arguments, tmp_path, monkeypatch):
-    for module in ("model", "doc2embedding"):
+    for module in ("nanocolbert.compute", "doc2embedding"):
         monkeypatch.setattr(f"{module}.fast_dtype", lambda device: torch.float32)
     values = []
     for part_size in (3, 40):

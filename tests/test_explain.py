@@ -15,7 +15,6 @@ from conftest import ROOT
 from matplotlib.patches import Rectangle
 from test_model import modernbert, train_tokenizer, xlm_roberta
 
-import model as model_module
 from model import ColBERT
 from nanocolbert.cli import InputError
 from nanocolbert.explain import COLUMNS, GAP, explain
@@ -40,7 +39,7 @@ def colbert(encoder_dir):
 
 @pytest.fixture(autouse=True)
 def fp32(monkeypatch):
-    monkeypatch.setattr(model_module, "fast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("nanocolbert.compute.fast_dtype", lambda device: torch.float32)
 
 
 @pytest.mark.parametrize("passage", PASSAGES)

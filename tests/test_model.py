@@ -111,7 +111,7 @@ def test_encode_queries_keeps_the_order(colbert, small_blocks):
 
 
 def test_fp32_is_full_fp32(colbert, monkeypatch):
-    monkeypatch.setattr(model_module, "fast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("nanocolbert.compute.fast_dtype", lambda device: torch.bfloat16)
     for encode in (colbert.encode_queries, colbert.encode_passages):
         fast, full = encode(["find the boat"])[0].float(), encode(["find the boat"], fp32=True)[0]
         assert 1e-4 < (fast - full).abs().max() < 0.1
@@ -122,7 +122,7 @@ def test_fp32_is_full_fp32(colbert, monkeypatch):
 
 @pytest.mark.parametrize("fill", (32, 0))
 def test_queries_in_the_fast_type_are_close(colbert, fill, monkeypatch):
-    monkeypatch.setattr(model_module, "fast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("nanocolbert.compute.fast_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(colbert.config, "expand_queries_to", fill)
     fast, full = colbert.encode_queries(TEXTS), colbert.encode_queries(TEXTS, fp32=True)
     assert torch.equal(fast.any(-1), full.any(-1)) and full.any(-1).all() == (fill == 32)

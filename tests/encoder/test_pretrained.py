@@ -11,7 +11,6 @@ from conftest import call_stage
 from safetensors.torch import load_file, save_file
 from tiny_models import TEXTS, train_tokenizer
 
-import model as model_module
 from model import ColBERT
 from nanocolbert.cli import InputError
 from nanocolbert.encoder import attention, pretrained
@@ -37,7 +36,7 @@ MORE = {
 
 @pytest.fixture(autouse=True)
 def fp32(monkeypatch):
-    monkeypatch.setattr(model_module, "fast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("nanocolbert.compute.fast_dtype", lambda device: torch.float32)
 
 
 def save_base(kind: str, folder, **settings) -> torch.nn.Module:

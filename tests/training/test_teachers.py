@@ -16,7 +16,6 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from nanocolbert import compute
 from nanocolbert.cli import InputError
 from nanocolbert.training import teachers
 from nanocolbert.training.teachers import LateInteraction, combined, load_teacher, score_rows
@@ -99,7 +98,7 @@ def test_two_labels_are_a_difference(tmp_path, encoder_dir):
 
 def test_the_last_layer_is_in_fp32(cross_encoder, monkeypatch):
     """In bf16 logits of near 30 would be multiples of an eighth."""
-    monkeypatch.setattr(compute, "fast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("nanocolbert.compute.fast_dtype", lambda device: torch.bfloat16)
     teacher, exact = load_teacher(cross_encoder), load_teacher(cross_encoder, fp32=True)
     for one in (teacher, exact):
         one.model.classifier.bias.data += 30
