@@ -126,9 +126,7 @@ def add_optimisation(group) -> None:
         help="after the warm-up: constant as v1, or linear decay to 0 at --max_steps",
     )
     group.add_argument("--weight_decay", type=not_negative_float, default=0.0, help="of AdamW (default 0)")
-    group.add_argument(
-        "--max_grad_norm", type=not_negative_float, default=2.0, help="clip gradients; 0: not at all (default 2)"
-    )
+    group.add_argument("--max_grad_norm", type=not_negative_float, default=2.0, help="clip them; 0: off (default 2)")
     group.add_argument("--shuffle", action=SWITCH, default=False, help="random order by --seed, else file order as v1")
     group.add_argument("--seed", type=seed, default=12345, help="of dropout, the projection and --shuffle")
 
@@ -176,7 +174,7 @@ from transformers import AutoConfig
 
 from model import ColBERT
 from nanocolbert.checkpoints.layouts import is_colbert
-from nanocolbert.compute import COMPUTE_DTYPES, mixed_precision, own_dropout
+from nanocolbert.compute import COMPUTE_DTYPES, mixed_precision, one_arena, own_dropout
 from nanocolbert.encoder.attention import packable
 from nanocolbert.encoder.pretrained import set_dropout
 from nanocolbert.storage.artifact import check_file, make_meta, read_meta, verify
@@ -297,6 +295,7 @@ def main(args):
     cli.check_launch()
     started = time.time()
     on_cpu = args.cpu or not torch.accelerator.is_available()  # said so, processes without a GPU find each other
+    one_arena()
     if args.mixed_precision == "auto":
         args.mixed_precision = mixed_precision(PartialState(cpu=on_cpu).device)
     accelerator = Accelerator(

@@ -4,13 +4,14 @@ Nothing here is assumed of a processor: bf16 is fast on some CPUs (AVX-512 bf16,
 product takes fifty times as long as in fp32, and only a look at both tells.
 """
 
+import ctypes
 import functools
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
+M_ARENA_MAX = -8  # of glibc's malloc.h
 PAYS = 0.8  # bf16 is taken where a product needs at most this share of its time in fp32
 COMPUTE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by accelerate's names
 
@@ -81,6 +83,15 @@ def compiled(**options) -> Callable:
     return compile
 
 
+def one_arena() -> None:
+    """Let all threads take memory from one place, where the C library is glibc: what one freed, another may have.
+
+    By itself it keeps several for each core, and training then holds twice the memory that it uses.
+    """
+    with suppress(OSError, AttributeError):  # there is no such function
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+
+
 @contextmanager
 def single_threads() -> Iterator[ThreadPoolExecutor]:
     """A pool of as many threads as PyTorch uses, each computing by itself: threads of threads wait for others."""
@@ -115,8 +126,11 @@ class _ByThreads(torch.autograd.Function):
 
         def embed(item, seed: int) -> Tensor:
             _thread.generator = torch.Generator().manual_seed(seed)
-            with torch.enable_grad(), torch.autocast("cpu", **type_):  # without a graph it might compute otherwise
-                result = function(item)
+            try:
+                with torch.enable_grad(), torch.autocast("cpu", **type_):  # without a graph it might compute otherwise
+                    result = function(item)
+            finally:
+                _thread.generator = None
             return result if keeps else result.detach()
 
         ctx.results, ctx.weights = list(map_alone(embed, items, seeds)), weights

@@ -228,7 +228,10 @@ def write_rows(path, rows: Iterator[list], counts: Counter) -> None:
             counts["rows"] += 1
         if not counts["rows"]:
             reasons = "; ".join(noted(counts)) or "nothing is judged relevant"
-            raise InputError(f"{path}: no row to write: {reasons}")
+            raise InputError(
+                f"{path}: no row to write: {reasons}: give --run and --qrels of the same queries, wider --ranks or "
+                "fewer --negatives"
+            )
 
 
 def check_args(args) -> None:

@@ -1,8 +1,12 @@
 """Benchmarks: the fast way of training comes to what the plain one comes to; pictures are drawn of what there is."""
 
+import gzip
+import importlib
 import json
 import os
+import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -105,3 +109,47 @@ def test_documents_and_their_disk(tmp_path, monkeypatch):
     os.link(tmp_path / "embeddings/values.npy", tmp_path / "index/values.npy")
     (tmp_path / "index/codes.npy").write_bytes(bytes(500_000))
     assert disk(tmp_path) == {"tokens": 0, "embeddings": 3, "index": 3.5, "in_all": 3.5}
+
+
+def test_a_way_of_training(toy_dir, encoder_dir, tmp_path, monkeypatch, capsys):
+    """A row of bench/quality.py from files to its result; the second time nothing is made again."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    quality = importlib.import_module("quality")
+    for folder in ("squad", "cranfield"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        for name in ("collection", "queries", "qrels"):
+            text = re.sub(r"\b[pq](\d+)\b", r"\1", (toy_dir / f"{name}.tsv").read_text())
+            for copy in (f"{name}.tsv", f"{name}.train.tsv"):
+                (tmp_path / "data" / folder / copy).write_text(text)
+    rows = re.sub("[pq]", "", (toy_dir / "triples.tsv").read_text())
+    with gzip.open(tmp_path / "data" / "squad" / "qidpidtriples.train.tsv.gz", "wt") as file:
+        file.write(rows + f"1\t{quality.HELD_OUT}\t2\n")
+    config, array = tmp_path / "config.sh", quality.array
+    config.write_text(
+        f'BASE_MODEL="{encoder_dir}"\nTOKENS=(--query_maxlen 16 --doc_maxlen 40)\nTRAIN=(--dim 16 --batch_size 8 '
+        "--loss in_batch --lr 1e-3 --max_steps 9 --warmup_steps 1 --wandb_mode disabled --mixed_precision no --cpu)\n"
+    )
+    monkeypatch.setattr(quality, "array", lambda _, name: array(str(config), name))
+    monkeypatch.setattr(quality, "WORK", tmp_path / "work")
+    monkeypatch.setattr(quality, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(quality, "REPO", tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["quality.py", "untrained", "--data", str(tmp_path / "data"), "--only", "cranfield"]
+    )
+    (tmp_path / "work" / "bm25").mkdir(parents=True)
+    (tmp_path / "work" / "bm25" / "cranfield.run").write_text("0 Q0 30 1 1.0 none\n")
+    quality.main(quality.parse_args())
+    result = json.loads((tmp_path / "results" / "untrained.json").read_text())
+    found = result["collections"]["cranfield"]
+    assert found["queries"] == 16 and found["measure"] == "nDCG@10"
+    assert found["bm25"]["difference"] == pytest.approx(found["seeds"][0], abs=1e-3) and 0 < found["bm25"]["p"] <= 1
+    assert [one["seed"] for one in result["training"]] == [1]
+    assert (tmp_path / "work" / "triples.tsv").read_text() == rows  # not what touches held-out paragraphs
+    assert not (tmp_path / "work" / "untrained" / "1" / "made").exists()
+    monkeypatch.setattr(quality, "run_command", lambda *_, **__: pytest.fail("made again"))
+    quality.main(quality.parse_args())
+    again = json.loads((tmp_path / "results" / "untrained.json").read_text())
+    assert again["collections"]["cranfield"]["seeds"] == found["seeds"]
+    config.write_text(config.read_text().replace("1e-3", "2e-3"))
+    with pytest.raises(SystemExit, match="was made by other arguments: remove "):
+        quality.main(quality.parse_args())

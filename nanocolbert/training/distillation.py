@@ -53,10 +53,14 @@ class Distillation:
         return [padded(vectors) for vectors in zip(*self.teacher.vectors_of(values, lengths), strict=True)]
 
     @torch.no_grad()
-    def score(self, queries: Framed, passages: Framed) -> Tensor:
-        """The teacher's scores (B, N) fp32; several similarities are standardised over a query's passages and added."""
+    def score(self, queries: Framed, passages: Framed, which: Tensor) -> Tensor:
+        """The teacher's scores (B, N) fp32; several similarities are standardised over a query's passages and added.
+
+        which (n,): which of `passages`, each of them different, are this process's part of the N.
+        """
         total = 0
         for (Q, _), (P, mask) in zip(self.embed(*queries), self.embed(*passages), strict=True):
+            P, mask = P[which], mask[which]
             if self.gather is not None:
                 P, mask = self.gather(P), self.gather(mask)
             scores = maxsim(Q, P, mask)

@@ -1,5 +1,6 @@
 """loss.png: the loss, its terms, the dev set's MRR@10, temperature and learning rate of a log.jsonl, what there is."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,9 @@ def plot_loss(log: Path, picture: Path) -> None:
             axis.set_ylabel("MRR@10\n↑ better")
             label(axis, steps[-1], values[-1], f"dev candidates\n{values[-1]:.3f}", DEV)
     axes[-1, 0].set_xlabel("step")
-    axes[0, 0].set_title(f"training of {'/'.join(picture.resolve().parent.parts[-2:])}", loc="left", fontsize=11)
+    axes[0, 0].set_title(
+        f"training of {'/'.join(Path(os.path.abspath(picture)).parent.parts[-2:])}", loc="left", fontsize=11
+    )
     with replacing(picture) as file:
         figure.savefig(file, format="png", dpi=120)
     plt.close(figure)

@@ -39,8 +39,8 @@ def micro_batches(
     """This process's part of a step's triples, on its device, in as many micro-batches as gradients are accumulated.
 
     A micro-batch is what `collate` returns, with "teacher" (B, K) where there are scores, and where it `distils` the
-    word pieces of its queries and passages, "texts". Of several cached parts it has "parts", the inputs of each,
-    instead of "inputs"; the rest is of all.
+    word pieces of its queries and different passages, and which passage is which, "texts". Of several cached parts it
+    has "parts", the inputs of each, instead of "inputs"; the rest is of all.
     """
     parts, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
     tokens_per_batch = TOKENS_PER_BATCH.get(accelerator.device.type, 1 << 14)
@@ -54,8 +54,9 @@ def micro_batches(
         pieces = np.split(rows, cached_parts)
         batches.append(joined([collate(data, piece, model, tokens_per_batch, packed) for piece in pieces]))
         if distils:
-            texts = data.queries.gather(rows[:, 0]), data.passages.gather(rows[:, 1:].reshape(-1))
-            batches[-1]["texts"] = texts
+            different, which = np.unique(rows[:, 1:], return_inverse=True)
+            texts = data.queries.gather(rows[:, 0]), data.passages.gather(different)
+            batches[-1]["texts"] = *texts, torch.from_numpy(which.reshape(-1))
     scores = data.scores_of(step)  # (batch_size, K)
     if scores is not None:
         for batch, teacher in zip(batches, own(scores), strict=True):

@@ -76,30 +76,31 @@ class Triples:
 def collate(data: Triples, rows: np.ndarray, model, tokens_per_batch: int, packed: bool) -> dict:
     """A micro-batch of triples (B, 1 + K): framed queries and passages in batches of like length, or all packed.
 
-    Returns the arguments of model.forward ("inputs"), what the loss needs beside the embeddings it gives ("mask",
-    "passage_rows"), and how many tokens there are, padding aside.
+    A passage of several rows is embedded once. Returns the arguments of model.forward ("inputs"), what the loss needs
+    beside the embeddings it gives ("mask", "passage_rows"), and how many tokens there are, padding aside.
     """
     passage_rows = rows[:, 1:].reshape(-1)  # (N,), N = B * K: each query's positive, then its negatives
-    lengths = data.passages.lengths(passage_rows)
+    different, which = np.unique(passage_rows, return_inverse=True)
+    lengths = data.passages.lengths(different)
     groups = length_batches(lengths + FRAME, (1 << 62) if packed else tokens_per_batch)
-    queries, passages = data.queries.gather(rows[:, 0]), [data.passages.gather(passage_rows[group]) for group in groups]
+    queries, passages = data.queries.gather(rows[:, 0]), [data.passages.gather(different[group]) for group in groups]
     for name, (values, _) in (("queries", queries), *(("passages", part) for part in passages)):
         model.check_ids(data.folder / name / "values.npy", values)  # on a GPU an error that names nothing
     input_ids, attention_mask = model.frame_queries(*queries)
     batches = [model.frame_passages(*part) for part in passages]
     tokens = input_ids.numel() + sum(int(mask.sum()) for _, mask in batches)
     kept = [model.kept(*batch) for batch in batches]  # (B', L) each
-    counts = torch.cat([part.sum(1) for part in kept])  # (N,), in the order of the batches
+    counts = torch.cat([part.sum(1) for part in kept])  # of each different passage, in the order of the batches
     if packed:
         kept = [part[mask.bool()] for part, (_, mask) in zip(kept, batches, strict=True)]
         everything = torch.ones_like(input_ids)  # the fill has outputs, too
         batches = [pack((input_ids, attention_mask, everything), *((ids, mask, mask) for ids, mask in batches))]
     else:
         batches = [(input_ids, attention_mask), *batches]
-    mask = torch.arange(int(counts.max())) < counts[:, None]  # (N, Ld)
+    mask = torch.arange(int(counts.max())) < counts[:, None]
     slots = torch.zeros(mask.shape, dtype=torch.int64)
     slots[mask] = torch.cat([part.view(-1) for part in kept]).nonzero()[:, 0] + input_ids.numel()
-    back = torch.from_numpy(np.argsort(np.concatenate(groups)))
+    back = torch.from_numpy(np.argsort(np.concatenate(groups))[which])  # (N,) to where each passage is
     return {
         "inputs": {"batches": batches, "scored": model.scored(attention_mask), "slots": slots[back]},
         "mask": mask[back],

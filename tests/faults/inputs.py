@@ -26,7 +26,7 @@ from .harms import (
     without_mask,
     write,
 )
-from .kinds import Case, Outcome, unclear
+from .kinds import TRAINED, Case, Outcome, unclear
 from .server import ROOT
 from .world import STAGES, World, differences, is_clear, snapshot
 
@@ -206,7 +206,7 @@ def output_rows(stage, inputs: list[str]) -> list[Bad]:
             rows.append(at("a device", f"out/{out}", setup=device, expect="device"))
         return rows
     mine = both(lambda folder: (folder / "out" / out).mkdir(exist_ok=True), write(f"out/{out}/mine", "mine"))
-    lenient = "either" if out == "model" else "clear"
+    lenient = "either" if out in TRAINED else "clear"
     rows += [
         at("a file", f"out/{out}", words=out, setup=write(f"out/{out}", "mine")),
         at("a folder of something else", f"out/{out}", words=out, setup=mine, expect=lenient),

@@ -21,7 +21,8 @@ from .server import Done
 from .world import READERS, STAGES, TIMEOUT, Stage, World, differences, is_clear, is_ended, snapshot
 
 UNSEEN = "unseen"  # a damage that no size shows, without --verify: by design
-RESUMED = ("model", "embeddings", "bits")  # what lies there half done is gone on with
+TRAINED = ("model", "distilled")
+RESUMED = (*TRAINED, "embeddings", "bits")  # what lies there half done is gone on with
 IMPORTS = 5  # seconds that an interpreter of its own takes longer
 UPDATES = ("added", "deleted", "compacted")
 Outcome = tuple[str, str]  # verdict and, where it is none of the good ones, what happened
@@ -115,7 +116,7 @@ def strikes(full: bool, rng: random.Random) -> list[Case]:
         ):
             for i in range(n):
                 by_time, number = i % 3 == 2 or (kind == "signal" and i % 5 == 0), numbers[i % len(numbers)]
-                there = i % 2 == 1 and stage.output != "model" and not stage.start
+                there = i % 2 == 1 and stage.output not in TRAINED and not stage.start
                 moment = (i + rng.random()) / n
                 how = "time" if by_time else "file changes"
                 name = f"{stage.output}, {number.name} at {moment:.0%} of its {how}{', over an old one' * there}"
@@ -197,7 +198,7 @@ def at_once(full: bool, rng: random.Random) -> list[Case]:
     cases, outputs = [], [name for name in STAGES if name not in ("unzipped", "reranked.run", "exact.run")]
     for output in outputs:
         for wait in (0, 0.3, 0.6) if full else (0,):
-            for there in (False, True) if full and output != "model" and not STAGES[output].start else (False,):
+            for there in (False, True) if full and output not in TRAINED and not STAGES[output].start else (False,):
                 name = f"{output}, the second after {wait:.0%}{', over an old one' * there}"
                 cases.append(Case("two at once", name, twice(STAGES[output], wait, there)))
     for output in ("codes", "added", "deleted", "compacted"):
@@ -293,7 +294,7 @@ def disks(full: bool, rng: random.Random) -> list[Case]:
     """Disks that are full, or read-only."""
     cases = []
     for stage in STAGES.values():
-        changeable = stage.output != "model" and not stage.start
+        changeable = stage.output not in TRAINED and not stage.start
         shares = [i / 8 for i in range(8)] if full else [rng.uniform(0.2, 0.9)]
         for share in shares:
             for there in (False, True) if full and changeable else (False,):
@@ -311,7 +312,7 @@ def disks(full: bool, rng: random.Random) -> list[Case]:
 # ------------------------------------------------------------------------------------------------------------- damage
 
 ARRAYS = (".npy", ".safetensors", ".bin", ".pkl", ".index", ".pt")
-TEXTS = (".run", ".tsv")
+TEXTS = (".run", ".tsv", ".jsonl")
 HEADER = 128  # bytes of a .npy file's
 
 

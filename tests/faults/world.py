@@ -70,6 +70,26 @@ STAGES = {
         Stage("exact.run", f"{SEARCH} --index_dir embeddings --exact --output out/exact.run"),
         Stage("reranked.run", f"{SEARCH} --index_dir vectors --candidates candidates.tsv --output out/reranked.run"),
         Stage("measures.json", "evaluate.py --qrels qrels.tsv --run codes.run --output out/measures.json"),
+        Stage(
+            "mined.jsonl",
+            "scripts/mine.py --run exact.run --qrels qrels.tsv --ranks 1 10 --negatives 3 --output out/mined.jsonl",
+        ),
+        Stage(
+            "scored.jsonl",
+            "scripts/score.py --teacher encoder --similarity sum --collection collection.tsv "
+            "--queries queries.tsv --rows mined.jsonl --output out/scored.jsonl",
+        ),
+        Stage(
+            "scored",
+            "tsv2mmap.py --collection collection.tsv --queries queries.tsv --triples scored.jsonl --tokenizer encoder "
+            "--workers 1 --output_dir out/scored",
+        ),
+        Stage(
+            "distilled",
+            "train.py --cpu --tokens_dir scored --base_model encoder --dim 16 --batch_size 4 --cached_parts 2 "
+            "--loss kl distil in_batch=0.5 --no-markers --expand_queries_to 0 --max_steps 6 --lr 2e-3 --dropout 0 "
+            "--mixed_precision no --save_steps 2 --wandb_mode disabled --resume --output_dir out/distilled",
+        ),
         Stage("pylate", "scripts/convert.py --model model --layout pylate --output_dir out/pylate"),
         Stage("added", f"{UPDATE}added --cpu --model model --add more.tsv", "vectors"),
         Stage("deleted", f"{UPDATE}deleted --delete pids.txt", "codes"),
@@ -82,6 +102,9 @@ STAGES = {
 }
 READERS = {  # who reads an artifact
     "tokens": ("model", "embeddings"),
+    "mined.jsonl": ("scored.jsonl",),
+    "scored.jsonl": ("scored",),
+    "scored": ("distilled",),
     "model": ("codes.run", "embeddings"),
     "checkpoints": ("model",),
     "embeddings": ("vectors", "ivfpq", "exact.run"),

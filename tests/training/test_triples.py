@@ -14,8 +14,11 @@ from nanocolbert.training.triples import Triples, collate
 def test_embeddings_of_a_batch(tokens_dir, model_dir, packed):
     """Of each text alone, however the batch is computed."""
     model, data = ColBERT.from_pretrained(model_dir), Triples(tokens_dir, 8, None)
-    rows = data.rows(1)
+    rows = data.rows(1).copy()
+    rows[3, 1], rows[5:, 2] = rows[2, 1], rows[4, 2]
     batch = collate(data, rows, model, 64, packed)
+    lengths = [data.passages.lengths(np.unique(rows[:, 1:])).sum(), len(np.unique(rows[:, 1:])) * 3]  # frames
+    assert batch["tokens"] == 8 * model.config.query_maxlen + sum(lengths)  # each passage once
     assert (len(batch["inputs"]["batches"]) == 1) == packed
     Q, P = model(**batch["inputs"])
     for query, row in zip(Q, rows[:, 0], strict=True):
