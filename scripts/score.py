@@ -16,6 +16,7 @@ A text is embedded once for all rows of 1,024. An encoder takes as long as embed
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -29,7 +30,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from nanocolbert import cli
 from nanocolbert.cli import InputError, maxlen, run_stage
 from nanocolbert.progress import progress
-from nanocolbert.storage.artifact import check_file, check_output_file, is_device, read_meta, replacing
+from nanocolbert.storage.artifact import (
+    beside,
+    check_file,
+    check_output_file,
+    is_device,
+    own_folder,
+    read_meta,
+    replacing,
+)
 from nanocolbert.storage.documents import kind_of, read_documents
 from nanocolbert.storage.ragged import Ids, IdWriter
 from nanocolbert.storage.texts import FOLDER as TEXTS_FOLDER
@@ -132,14 +141,20 @@ def passages_of_tokens(folder) -> Stored:
 
 def store(args) -> tuple[Stored, Stored]:
     """The texts of queries and passages. Their folder is removed at once: what is open stays until we end."""
-    beside = None if is_device(Path(args.output)) else Path(args.output).resolve().parent
-    if beside:
-        beside.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="score-", dir=beside) as folder:
-        queries = copy_texts(args.queries, "queries: qid, query", Path(folder) / "queries")
-        if Path(args.collection).is_dir():
-            return queries, passages_of_tokens(args.collection)
-        return queries, copy_texts(args.collection, "collection: pid, passage", Path(folder) / "passages")
+    output = Path(os.path.realpath(args.output))
+    if is_device(output):
+        with tempfile.TemporaryDirectory() as folder:
+            return store_in(Path(folder), args)
+    folder = beside(output, ".texts")
+    with own_folder(folder, args.output):
+        return store_in(folder, args)
+
+
+def store_in(folder: Path, args) -> tuple[Stored, Stored]:
+    queries = copy_texts(args.queries, "queries: qid, query", folder / "queries")
+    if Path(args.collection).is_dir():
+        return queries, passages_of_tokens(args.collection)
+    return queries, copy_texts(args.collection, "collection: pid, passage", folder / "passages")
 
 
 # --------------------------------------------------------------------------------------------------------------- scores

@@ -152,6 +152,35 @@ def beside(path, suffix: str) -> Path:
 
 
 @contextlib.contextmanager
+def own_folder(folder: Path, output) -> Iterator[None]:
+    """A folder that is this process's while the block runs, and empty at first, whatever a killed run left in it.
+
+    It is removed afterwards, unless it was moved. output: what it is for. Raises InputError if another process has it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = None
+    try:
+        with held():
+            while descriptor is None:
+                with contextlib.suppress(FileExistsError):
+                    folder.mkdir()
+                with contextlib.suppress(FileNotFoundError):
+                    descriptor = lock(folder, output)
+                    if not is_at(descriptor, folder):
+                        os.close(descriptor)
+                        descriptor = None
+        for left in folder.iterdir():
+            remove(left)
+        yield
+    finally:
+        if descriptor is not None:
+            with held():
+                if is_at(descriptor, folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+                os.close(descriptor)
+
+
+@contextlib.contextmanager
 def publish(output_dir) -> Iterator[Path]:
     """Give a temporary folder that becomes `output_dir` when the block ends without an exception.
 
@@ -160,37 +189,22 @@ def publish(output_dir) -> Iterator[Path]:
     """
     output_dir = Path(os.path.realpath(output_dir))
     partial, retired = beside(output_dir, ".partial"), beside(output_dir, ".retired")
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = None
-    try:
-        with held():
-            while descriptor is None:
-                with contextlib.suppress(FileExistsError):
-                    partial.mkdir()
-                with contextlib.suppress(FileNotFoundError):
-                    descriptor = lock(partial, output_dir)
-                    if not is_at(descriptor, partial):
-                        os.close(descriptor)
-                        descriptor = None
-        if retired.is_dir() and not output_dir.exists():
-            retired.rename(output_dir)  # killed between the renames below
-        remove(retired)
-        for left in partial.iterdir():
-            remove(left)
-        with naming(output_dir):
-            yield partial
-        with held():
-            if output_dir.exists():
-                output_dir.rename(retired)
-            partial.rename(output_dir)
-    finally:
-        if descriptor is not None:
+    with own_folder(partial, output_dir):
+        try:
+            if retired.is_dir() and not output_dir.exists():
+                retired.rename(output_dir)  # killed between the renames below
+            remove(retired)
+            with naming(output_dir):
+                yield partial
+            with held():
+                if output_dir.exists():
+                    output_dir.rename(retired)
+                partial.rename(output_dir)
+        finally:
             with held():
                 if retired.exists() and not output_dir.exists():
                     retired.rename(output_dir)
-                for left in (partial, retired):
-                    shutil.rmtree(left, ignore_errors=True)
-                os.close(descriptor)
+                shutil.rmtree(retired, ignore_errors=True)
 
 
 @contextlib.contextmanager
