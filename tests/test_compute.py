@@ -1,9 +1,13 @@
 """The compute type follows from a probe; threads that compute by themselves give what one thread gives, to the bit."""
 
+import platform
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 from nanocolbert import compute
@@ -110,3 +114,28 @@ def test_an_error_in_a_thread_is_raised_here(threads):
     with pytest.raises(ZeroDivisionError):
         list(compute.map_alone(lambda n: 1 / n, [1, 0, 2]))
     assert torch.get_num_threads() == 2
+
+
+ARENAS = """
+import ctypes, threading
+from nanocolbert.compute import one_arena
+{first}
+barrier = threading.Barrier(4)
+def take():
+    barrier.wait()
+    ctypes.CDLL(None).malloc(1 << 16)
+    barrier.wait()
+threads = [threading.Thread(target=take) for _ in range(4)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+ctypes.CDLL(None).malloc_stats()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_threads_take_memory_from_one_place():
+    for first, shared in (("", False), ("one_arena()", True)):
+        done = subprocess.run(
+            [sys.executable, "-c", ARENAS.format(first=first)], capture_output=True, cwd=ROOT, text=True
+        )
+        assert done.returncode == 0 and "Arena 0:" in done.stderr, done.stderr
+        assert ("Arena 1:" not in done.stderr) == shared

@@ -10,8 +10,8 @@ CARD = """---
 # {title}
 
 A ColBERT model: a text is a set of token embeddings of {dim} dimensions, a query and a passage meet in
-score(q, d) = sum over query tokens of the best passage token. Queries of {query_maxlen} tokens, passages of up to
-{doc_maxlen}. Trained with nanoColBERT.
+score(q, d) = sum over query tokens of the best passage token. Queries of {up_to}{query_maxlen} tokens,
+passages of up to {doc_maxlen}. Trained with nanoColBERT.
 
 ## Use
 ```python
@@ -59,6 +59,7 @@ def write_card(path, layout: str, model, name: str = "model") -> None:
         front="\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items() if value is not None),
         title=name,
         dim=model.config.dim,
+        up_to="" if model.config.expand_queries_to is None else "up to ",  # filled with [MASK], or not
         query_maxlen=model.config.query_maxlen,
         doc_maxlen=model.config.doc_maxlen,
         usage=USAGE[layout].format(name=name),
