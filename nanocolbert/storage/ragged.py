@@ -7,6 +7,7 @@ written, so neither reader nor writer holds more than the rows in hand.
 import itertools
 import os
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
@@ -27,7 +28,7 @@ def load_npy(path, kinds: str = "", shape: tuple[int | None, ...] | None = None,
         array = np.load(path, mmap_mode="r" if mmap else None)
     except FileNotFoundError:
         raise InputError(f"{path}: missing: {again}") from None
-    except (ValueError, EOFError, SyntaxError, TypeError, KeyError, OverflowError, MemoryError) as error:
+    except (ValueError, EOFError, SyntaxError, TypeError, KeyError, OverflowError, MemoryError, TokenError) as error:
         reason = "pickled objects, which are never loaded" if "pickle" in str(error) else first_line(error)
         raise InputError(f"{path}: not a whole .npy file ({reason}): {again}") from None
     if not isinstance(array, np.ndarray):

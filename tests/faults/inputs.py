@@ -438,7 +438,7 @@ def rows() -> list[Bad]:
         *path_rows("deleted", "--delete", "file"),
         *text_rows("added", "more.tsv", "pid\tpassage", "new\ta text", 2),
         Bad("added", "a passage that is there", words="p10", setup=last("more.tsv", "p10\ta text\n")),
-        Bad("added", "without --model", drop="--model", words="--model"),
+        Bad("added", "without --model", drop="--model", expect="same"),
         Bad("added", "two changes", "--delete pids.txt", "--delete"),
         Bad("added", "model of another index", words="model", setup=weights("model/model.safetensors", value=0.5)),
         Bad("deleted", "an unknown id", words="p99", setup=last("pids.txt", "p99\n")),
