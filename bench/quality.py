@@ -76,10 +76,10 @@ ROWS = {
     "untrained": Row(
         PLUS, ("--max_steps", "0"), "the recipe's start: principal directions, no fill, no markers, 256 dimensions"
     ),
-    "untrained-v1": Row("configs/squad.sh", ("--max_steps", "0"), "the same start with v1's fill and markers"),
+    "untrained-128": Row(PLUS, ("--max_steps", "0", "--dim", "128"), "the same in 128 dimensions"),
+    "untrained-v1": Row("configs/squad.sh", ("--max_steps", "0"), "untrained-128 with v1's fill and markers"),
     "squad-plus": Row(PLUS, says="labels and what the encoder knew, 256 dimensions"),
     "squad-plus-128": Row(PLUS, ("--dim", "128"), "the same in 128 dimensions"),
-    "untrained-128": Row(PLUS, ("--max_steps", "0", "--dim", "128"), "its start"),
     "distil": Row(PLUS, ("--loss", "distil", *SHORT), "what the encoder knew alone, a third of the steps"),
     "labels": Row(PLUS, ("--loss", "in_batch", *SHORT), "the labels alone, in as few"),
 }

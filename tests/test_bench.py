@@ -111,7 +111,7 @@ def test_documents_and_their_disk(tmp_path, monkeypatch):
     assert disk(tmp_path) == {"tokens": 0, "embeddings": 3, "index": 3.5, "in_all": 3.5}
 
 
-def test_a_way_of_training(toy_dir, encoder_dir, tmp_path, monkeypatch, capsys):
+def test_a_way_of_training(toy_dir, encoder_dir, tmp_path, monkeypatch):
     """A row of bench/quality.py from files to its result; the second time nothing is made again."""
     monkeypatch.syspath_prepend(ROOT / "bench")
     quality = importlib.import_module("quality")

@@ -474,5 +474,5 @@ def rows() -> list[Bad]:
     return found + number_rows()
 
 
-def inputs() -> list[Case]:
-    return [Case("input", f"{STAGES[row.stage].script} {row.stage}: {row.name}", row) for row in rows()]
+def cases_of(rows: list[Bad]) -> list[Case]:
+    return [Case("input", f"{STAGES[row.stage].script} {row.stage}: {row.name}", row) for row in rows]

@@ -2,7 +2,6 @@
 
 from .harms import first, last, recode, weights, without, write
 from .inputs import Bad, output_rows, path_rows
-from .kinds import Case
 from .world import STAGES
 
 MINED, SCORED, TOKENS, TRAINED = "mined.jsonl", "scored.jsonl", "scored", "distilled"
@@ -23,7 +22,6 @@ NWAY = {  # a line that is put before the others of an n-way file
 
 
 def rows() -> list[Bad]:
-    teacher = "--teacher scored.jsonl"
     found = [
         # scripts/mine.py
         *path_rows(MINED, "--run", "file"),
@@ -42,7 +40,7 @@ def rows() -> list[Bad]:
         Bad(MINED, "empty run", words="exact.run", setup=write("exact.run", "")),
         Bad(MINED, "run in UTF-16", words="exact.run:1", setup=recode("exact.run", "utf-16")),
         *(
-            Bad(MINED, f"teacher: {name}", teacher, "scored.jsonl:1", first("scored.jsonl", line))
+            Bad(MINED, f"teacher: {name}", "--teacher scored.jsonl", "scored.jsonl:1", first("scored.jsonl", line))
             for name, line in NWAY.items()
         ),
         # scripts/score.py
@@ -91,7 +89,3 @@ def rows() -> list[Bad]:
     }.items():
         found += output_rows(STAGES[output], paths)
     return found
-
-
-def inputs_of_training() -> list[Case]:
-    return [Case("input", f"{STAGES[row.stage].script} {row.stage}: {row.name}", row) for row in rows()]

@@ -21,8 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from faults.inputs import inputs
-from faults.inputs_of_training import inputs_of_training
+from faults import inputs, inputs_of_training
 from faults.kinds import UNSEEN, Case, at_once, can_mount, damages, disks, strikes
 from faults.world import World
 
@@ -36,7 +35,7 @@ def list_cases(world: World, full: bool, seed: int) -> list[Case]:
     rng = random.Random(seed)
     cases = [*strikes(full, rng), *at_once(full, rng)]
     cases += [] if can_mount(world.top) else disks(full, rng)
-    cases += [*damages(full, rng, world), *inputs(), *inputs_of_training()]
+    cases += [*damages(full, rng, world), *inputs.cases_of([*inputs.rows(), *inputs_of_training.rows()])]
     cases = list({(case.kind, case.name): case for case in cases}.values())
     if full:
         return cases
