@@ -99,7 +99,7 @@ def add_loss(group) -> None:
         "--teacher_temperature",
         type=positive_float,
         default=0.25,
-        help="divides a teacher's scores, from 0 to 1 in each row, of kl and distil (default 0.25)",
+        help="divides a teacher's scores, from 0 to 1 in each row, of kl (default 0.25)",
     )
     group.add_argument("--teacher", help="of distil: an encoder of the same tokenizer (default: --base_model)")
     group.add_argument(

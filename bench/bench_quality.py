@@ -45,12 +45,12 @@ RECIPE |= {"weight_decay": 0.0, "max_grad_norm": 2.0, "markers": True, "expand_q
 
 
 def padded_step(model: ColBERT, optimizer, data: Triples, rows: np.ndarray, args) -> torch.Tensor:
-    """One step on triples (B, 2), every passage padded to doc_maxlen, in fp32; returns the loss."""
+    """One step on triples (B, 3), every passage padded to doc_maxlen, in fp32; returns the loss."""
     passage_rows = rows[:, 1:].reshape(-1)
     queries = model.frame_queries(*data.queries.gather(rows[:, 0]))
     passages = frame(*data.passages.gather(passage_rows), model.config, "passage", model.config.doc_maxlen)
-    numbers = torch.from_numpy(passage_rows.astype(np.int64)).view(len(rows), -1)  # (B, 2)
     Q, P = model.embed(queries), model.embed(passages)  # (B, Lq, D), (2 B, Ld, D)
+    numbers = torch.from_numpy(rows.astype(np.int64))
     loss = Objective(args.loss, args.similarity)(Q, P, model.kept(*passages), numbers)["loss"]
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)

@@ -70,7 +70,7 @@ HELD_OUT = 17_391  # SQuAD's train paragraphs from this pid on are not trained o
 CHOOSING = ("choosing-squad", "choosing-scifact", "choosing-wiki")
 CHOOSING = {name: Collection(name, "queries.tsv", "qrels.tsv") for name in CHOOSING}
 
-PLUS, SHORT = "configs/squad-plus.sh", ("--max_steps", "80", "--warmup_steps", "8")
+PLUS, SHORT = "configs/squad-plus.sh", ("--max_steps", "60")
 ROWS = {
     "squad": Row("configs/squad.sh", says="as before: [MASK] fill, markers, in-batch negatives, lr 1e-4"),
     "untrained": Row(
@@ -80,7 +80,7 @@ ROWS = {
     "untrained-v1": Row("configs/squad.sh", ("--max_steps", "0"), "untrained-128 with v1's fill and markers"),
     "squad-plus": Row(PLUS, says="labels and what the encoder knew, 256 dimensions"),
     "squad-plus-128": Row(PLUS, ("--dim", "128"), "the same in 128 dimensions"),
-    "distil": Row(PLUS, ("--loss", "distil", *SHORT), "what the encoder knew alone, a third of the steps"),
+    "distil": Row(PLUS, ("--loss", "distil", *SHORT), "what the encoder knew alone, half of the steps"),
     "labels": Row(PLUS, ("--loss", "in_batch", *SHORT), "the labels alone, in as few"),
 }
 

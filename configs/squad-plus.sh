@@ -2,6 +2,6 @@
 source configs/squad.sh
 OUT=experiments/squad-plus
 TOKENS+=(--query_maxlen 64 --doc_maxlen 256)
-TRAIN=(--batch_size 16 --loss in_batch distil --teacher_similarity sum --similarity cosine --projection principal
-       --dim 256 --temperature 2 --no-markers --expand_queries_to 0 --dropout 0 --lr 2e-5 --max_steps 250 --warmup_steps 25
-       --schedule linear --save_steps 50 --wandb_mode disabled)
+TRAIN=(--batch_size 16 --loss in_batch distil=2 --similarity cosine --projection principal --dim 256 --no-markers
+       --expand_queries_to 0 --dropout 0 --lr 3e-5 --max_steps 120 --warmup_steps 10 --schedule linear --save_steps 50
+       --wandb_mode disabled)

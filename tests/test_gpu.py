@@ -31,7 +31,7 @@ def test_packed_batch(tokens_dir, model_dir, dtype):
         batch = to_device(collate(data, data.rows(0), model, 64, packed), device)
         with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
             Q, P = (part.float() for part in model(**batch["inputs"]))
-        loss = Objective(["in_batch"])(Q, P, batch["mask"], batch["passage_rows"])["loss"]
+        loss = Objective(["in_batch"])(Q, P, batch["mask"], batch["rows"])["loss"]
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         results.append([Q.cpu(), P[batch["mask"]].cpu(), torch.cat([part.flatten().cpu() for part in gradients])])
     for exact, rounded, on_gpu in zip(*results, strict=True):

@@ -15,6 +15,7 @@ from nanocolbert.cli import InputError
 from nanocolbert.maxsim import maxsim, maxsim_pairs
 
 SCALES = {"l2": 2.0, "cosine": 1.0}  # of MaxSim: v1's l2 similarity is -|q - d|^2 = 2 q.d - 2, softmax that of 2 q.d
+EVEN = 1e-6  # a teacher's scores of a row that differ by less are all the same
 NEVER = -1e9  # the logit of what is left out: its probability is 0, and 0 times its logarithm is no nan
 
 
@@ -24,7 +25,7 @@ class Scores:
 
     own: Tensor  # (B, K) of each query's own passages
     all: Tensor | None = None  # (B, N) of all passages
-    counted: Tensor | None = None  # (B, N) true at the query's positive, and once at each other passage
+    counted: Tensor | None = None  # (B, N) true at the row's positive, and once at each passage that is none
     teacher: Tensor | None = None  # (B, K) the teacher's, as `own`
     teacher_all: Tensor | None = None  # (B, N) the teacher's, as `all`
     teacher_temperature: float = 0.25
@@ -48,27 +49,37 @@ def kl(scores: Scores) -> Tensor:
     The teacher's scores are min-max normalised (JaColBERTv2.5, arXiv 2407.20750), as teachers differ in scale. Over
     0.25 the best passage of a row then weighs e^4 = 55 times the worst; over 1 less than three times.
     """
-    return divergence(scores.own, scores.teacher, scores.teacher_temperature)
+    teacher = scores.teacher.to(scores.own.dtype)
+    least, most = teacher.amin(1, keepdim=True), teacher.amax(1, keepdim=True)
+    normal = (teacher - least) / (most - least).clamp_min(EVEN)  # 0 to 1
+    return divergence(scores.own, normal / scores.teacher_temperature)
 
 
 def distil(scores: Scores) -> Tensor:
-    """As `kl`, over all passages of the batch, each counted once."""
-    return divergence(scores.all, scores.teacher_all, scores.teacher_temperature, scores.counted)
+    """KL divergence from an encoder's own similarities, over all passages of the batch, each counted once.
 
-
-def divergence(logits: Tensor, teacher: Tensor, temperature: float, counted: Tensor | None = None) -> Tensor:
-    """Mean KL divergence of softmax(logits) from softmax(teacher / temperature), (B, n) each, the teacher normalised.
-
-    counted (B, n): what takes part. A row of equal scores is a uniform distribution.
+    Each row is stretched to the standard deviation of the student's logits: what is asked for is how near passages are
+    beside each other, not a scale, which would flatten what the student knows.
     """
-    left_out = torch.zeros_like(logits, dtype=torch.bool) if counted is None else ~counted
-    teacher = teacher.to(logits.dtype)
-    least = teacher.masked_fill(left_out, torch.inf).amin(1, keepdim=True)
-    most = teacher.masked_fill(left_out, -torch.inf).amax(1, keepdim=True)
-    normal = (teacher - least) / (most - least).clamp_min(torch.finfo(teacher.dtype).tiny)  # 0 to 1
-    target = (normal / temperature).masked_fill(left_out, NEVER).log_softmax(1)
-    found = logits.masked_fill(left_out, NEVER).log_softmax(1)
+    student, counted = scores.all, scores.counted
+    teacher, deviation = centred(scores.teacher_all.to(student.dtype), counted)
+    spread = centred(student.detach(), counted)[1] / deviation.clamp_min(EVEN)
+    return divergence(student, teacher * spread, counted)
+
+
+def divergence(logits: Tensor, wanted: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Mean KL divergence of softmax(logits) from softmax(wanted), (B, n) each. counted (B, n): what takes part."""
+    if counted is not None:
+        logits, wanted = (side.masked_fill(~counted, NEVER) for side in (logits, wanted))
+    target, found = wanted.log_softmax(1), logits.log_softmax(1)
     return (target.exp() * (target - found)).sum(1).mean()
+
+
+def centred(scores: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (B, n) less the mean of what counts (B, n) in their row, and the standard deviation of that (B, 1)."""
+    n = counted.sum(1, keepdim=True)
+    scores = scores - (scores * counted).sum(1, keepdim=True) / n
+    return scores, ((scores * counted).square().sum(1, keepdim=True) / n).sqrt()
 
 
 def margin_mse(scores: Scores) -> Tensor:
@@ -134,40 +145,41 @@ class Objective(nn.Module):
         """Whether the passages of all queries, in all processes, are needed."""
         return not OF_ALL.isdisjoint(self.weights)
 
-    def forward(self, Q, P, mask, passage_rows, first: int = 0, teacher=None, teacher_all=None) -> dict[str, Tensor]:
+    def forward(self, Q, P, mask, rows, first: int = 0, teacher=None, teacher_all=None) -> dict[str, Tensor]:
         """The sum ("loss"), and where there are several, each ("loss_NAME", not weighted).
 
-        Q (B, Lq, D); P (B' * K, Ld, D), mask (B' * K, Ld), passage_rows (B', K): of the rows of a batch, those of the B
-        queries from row `first` on. teacher (B, K), teacher_all (B, B' * K).
+        rows (B', 1 + K): a batch's queries and their passages, by number. P (B' * K, Ld, D), mask (B' * K, Ld) are of
+        these passages, Q (B, Lq, D) of the queries from row `first` on. teacher (B, K), teacher_all (B, B' * K).
         """
-        own, all_scores, counted = self.score(Q, P, mask, passage_rows, first)
+        own, all_scores, counted = self.score(Q, P, mask, rows, first)
         scores = Scores(own, all_scores, counted, teacher, teacher_all, self.teacher_temperature)
         losses = {name: LOSSES[name](scores) for name in self.weights}
         total = sum(self.weights[name] * loss for name, loss in losses.items())
         return {"loss": total, **({f"loss_{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {})}
 
-    def score(self, Q, P, mask, passage_rows, first: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def score(self, Q, P, mask, rows, first: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Logits of the queries' own passages (B, K), of all (B, N), and which of these count (B, N)."""
-        B, (rows, K) = len(Q), passage_rows.shape
+        B, n, K = len(Q), len(rows), rows.shape[1] - 1
         factor, here = self.scale / self.temperature, slice(first, first + B)
         if not self.looks_at_all:
-            P, mask = P.view(rows, K, *P.shape[1:])[here], mask.view(rows, K, -1)[here]
+            P, mask = P.view(n, K, *P.shape[1:])[here], mask.view(n, K, -1)[here]
             return factor * maxsim_pairs(Q, P, mask), None, None
         scores = factor * maxsim(Q, P, mask)  # (B, N)
         at = torch.arange(B, device=Q.device)
-        own = scores.view(B, rows, K)[at, first + at]  # (B, K)
-        return own, scores, counted_once(passage_rows, first, B)
+        own = scores.view(B, n, K)[at, first + at]  # (B, K)
+        return own, scores, counted_once(rows, first, B)
 
 
-def counted_once(passage_rows: Tensor, first: int, B: int) -> Tensor:
-    """Which of all passages (B', K) count for B queries from row `first` on: (B, N), N = B' * K.
+def counted_once(rows: Tensor, first: int, B: int) -> Tensor:
+    """Which passages of all rows (B', 1 + K) count for the B queries from row `first` on: (B, N), N = B' * K.
 
-    Each passage is a negative once, however many rows brought it. Another copy of a query's positive is none.
+    Each passage is a negative once, however many rows brought it. What any row has as a positive of the query is none.
     """
-    numbers, K = passage_rows.flatten(), passage_rows.shape[1]  # (N,)
+    queries, positives, numbers, K = rows[:, 0], rows[:, 1], rows[:, 1:].flatten(), rows.shape[1] - 1  # numbers (N,)
     order = numbers.argsort(stable=True)
     new = F.pad(numbers[order].diff() != 0, (1, 0), value=True)
     once = torch.zeros_like(new).scatter(0, order, new)  # true at the first copy of each
-    positives = (torch.arange(first, first + B, device=numbers.device) * K)[:, None]  # (B, 1)
-    counted = once & (numbers != numbers[positives])  # (B, N)
-    return counted.scatter(1, positives, True)
+    at = torch.arange(first, first + B, device=rows.device)
+    same = queries[at, None] == queries  # (B, B')
+    judged = same.float() @ (positives[:, None] == numbers).float() > 0  # (B, N) a positive of the query
+    return (once & ~judged).scatter(1, (at * K)[:, None], True)

@@ -71,7 +71,7 @@ def joined(batches: list[dict]) -> dict:
     return {
         "parts": [batch["inputs"] for batch in batches],
         "mask": cat_widened([batch["mask"] for batch in batches]),
-        "passage_rows": torch.cat([batch["passage_rows"] for batch in batches]),
+        "rows": torch.cat([batch["rows"] for batch in batches]),
         "tokens": sum(batch["tokens"] for batch in batches),
     }
 
@@ -122,7 +122,7 @@ def backward_in_parts(accelerator: Accelerator, wrapped, objective: Objective, b
 
 def losses_of(accelerator: Accelerator, objective: Objective, Q: Tensor, P: Tensor, batch: dict) -> dict[str, Tensor]:
     """The losses of this process's queries (B, Lq, D), over all processes' passages (N, Ld, D) where one needs them."""
-    mask, rows, first, teacher_all = batch["mask"], batch["passage_rows"], 0, batch.get("teacher_all")
+    mask, rows, first, teacher_all = batch["mask"], batch["rows"], 0, batch.get("teacher_all")
     if objective.pooling is not None:
         P, mask = pool(P, mask, objective.pooling)
     if objective.looks_at_all and accelerator.num_processes > 1:

@@ -77,7 +77,7 @@ def collate(data: Triples, rows: np.ndarray, model, tokens_per_batch: int, packe
     """A micro-batch of triples (B, 1 + K): framed queries and passages in batches of like length, or all packed.
 
     A passage of several rows is embedded once. Returns the arguments of model.forward ("inputs"), what the loss needs
-    beside the embeddings it gives ("mask", "passage_rows"), and how many tokens there are, padding aside.
+    beside the embeddings it gives ("mask", "rows"), and how many tokens there are, padding aside.
     """
     passage_rows = rows[:, 1:].reshape(-1)  # (N,), N = B * K: each query's positive, then its negatives
     different, which = np.unique(passage_rows, return_inverse=True)
@@ -104,6 +104,6 @@ def collate(data: Triples, rows: np.ndarray, model, tokens_per_batch: int, packe
     return {
         "inputs": {"batches": batches, "scored": model.scored(attention_mask), "slots": slots[back]},
         "mask": mask[back],
-        "passage_rows": torch.from_numpy(passage_rows.astype(np.int64)).view(len(rows), -1),  # (B, K)
+        "rows": torch.from_numpy(rows.astype(np.int64)),
         "tokens": tokens,
     }

@@ -1,6 +1,7 @@
 """Losses against plain Python."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -15,9 +16,12 @@ def cross_entropy(logits: list[float]) -> float:
     return math.log(sum(math.exp(logit - logits[0]) for logit in logits))
 
 
-def divergence(logits: list[float], teacher: list[float], temperature: float) -> float:
-    """Of softmax(logits) from the teacher's scores, which are made 0 to 1 and divided by the temperature."""
+def divergence(logits: list[float], teacher: list[float], temperature: float | None) -> float:
+    """Of softmax(logits) from the teacher's scores, which are made 0 to 1 and divided by the temperature; None: which
+    are given the standard deviation of the logits."""
     span = max(teacher) - min(teacher) or 1
+    if temperature is None:
+        span, temperature = statistics.pstdev(teacher), 1 / statistics.pstdev(logits)
     weights = [math.exp((score - min(teacher)) / span / temperature) for score in teacher]
     target = [weight / sum(weights) for weight in weights]
     log_total = math.log(sum(math.exp(logit) for logit in logits))
@@ -42,7 +46,7 @@ def batch():
     P = torch.nn.functional.normalize(torch.randn(6, 6, 5, generator=generator), dim=-1)
     kept = torch.rand(6, 6, generator=generator) < 0.6
     kept[:, 0] = True
-    rows = torch.tensor([[7, 3], [9, 7], [7, 4]])
+    rows = torch.tensor([[0, 7, 3], [1, 9, 7], [2, 7, 4]])
     for copy in (3, 4):
         P[copy], kept[copy] = P[0], kept[0]
     return Q, P, kept, rows
@@ -81,7 +85,7 @@ def test_in_batch(batch, similarity, score, learn):
 
 def test_more_negatives(batch):
     Q, P, kept, _ = batch
-    rows = torch.arange(6).view(2, 3)
+    rows = torch.arange(8).view(2, 4)
     logits = logits_of(Q, P, kept, dot_score)
     expected = [cross_entropy(logits[b][3 * b : 3 * b + 3]) for b in range(2)]
     assert Objective(["softmax"], "cosine")(Q[:2], P, kept, rows)["loss"].item() == pytest.approx(sum(expected) / 2)
@@ -89,7 +93,7 @@ def test_more_negatives(batch):
 
 def test_a_positive_alone(batch):
     Q, P, kept, _ = batch
-    rows = torch.tensor([[7], [9], [7]])
+    rows = torch.tensor([[0, 7], [1, 9], [2, 7]])
     logits = logits_of(Q, P[::2], kept[::2], dot_score)
     expected = [cross_entropy([logits[b][i] for i in others]) for b, others in enumerate(([0, 1], [1, 0], [2, 1]))]
     loss = Objective(["in_batch"], "cosine")(Q, P[::2], kept[::2], rows)["loss"]
@@ -99,14 +103,14 @@ def test_a_positive_alone(batch):
 def test_teachers(batch):
     """KL, MarginMSE and KL over the batch; a teacher that scores all alike is uniform. A sum says its terms."""
     Q, P, kept, _ = batch
-    rows, teacher = torch.arange(6).view(2, 3), torch.tensor([[9.0, -2.0, 4.0], [5.0, 5.0, 5.0]])
+    rows, teacher = torch.arange(8).view(2, 4), torch.tensor([[9.0, -2.0, 4.0], [5.0, 5.0, 5.0]])
     logits, scores = logits_of(Q[:2], P, kept, dot_score), teacher.tolist()
     own = [logits[b][3 * b : 3 * b + 3] for b in range(2)]
     expected = {"kl": sum(divergence(own[b], scores[b], 0.3) for b in range(2)) / 2}
     margins = [own[b][0] - own[b][k] - scores[b][0] + scores[b][k] for b in range(2) for k in (1, 2)]
     expected["margin_mse"] = sum(margin**2 for margin in margins) / 4
     all_scores = torch.arange(12.0).view(2, 6) ** 2
-    expected["distil"] = sum(divergence(logits[b], all_scores[b].tolist(), 0.3) for b in range(2)) / 2
+    expected["distil"] = sum(divergence(logits[b], all_scores[b].tolist(), None) for b in range(2)) / 2
     objective = Objective(["kl=2", "margin_mse", "distil=0.5"], "cosine", teacher_temperature=0.3)
     found = objective(Q[:2], P, kept, rows, 0, teacher, all_scores)
     assert list(found) == ["loss", "loss_kl", "loss_margin_mse", "loss_distil"]
@@ -122,22 +126,27 @@ def test_distilled_passages_count_once(batch):
     teacher[:, 3:5] = 99.0  # of copies, but for the third query's positive
     teacher[2, 4] = 0.0
     logits = logits_of(Q, P, kept, dot_score)
-    expected = [divergence([logits[b][i] for i in at], teacher[b, at].tolist(), 0.25) for b, at in enumerate(ONCE)]
+    expected = [divergence([logits[b][i] for i in at], teacher[b, at].tolist(), None) for b, at in enumerate(ONCE)]
     queries = Q.requires_grad_()
     loss = Objective(["distil"], "cosine")(queries, P, kept, rows, teacher_all=teacher)["loss"]
     assert loss.item() == pytest.approx(sum(expected) / 3, rel=1e-5)
+    alike = Objective(["distil"], "cosine")(queries, P, kept, rows, teacher_all=torch.full((3, 6), 7.0))["loss"]
+    uniform = [divergence([logits[b][i] for i in at], [0.0] * 4, 1.0) for b, at in enumerate(ONCE)]
+    assert alike.item() == pytest.approx(sum(uniform) / 3, rel=1e-5)
     loss.backward()
     assert queries.grad.isfinite().all() and queries.grad.abs().sum() > 0
 
 
 def test_counted_once():
-    rows = torch.tensor([[5, 1], [2, 5], [5, 2], [3, 1]])
-    for first, B in ((0, 4), (1, 2)):
+    """A passage is a negative once, and none of a query that any row has it as the positive of."""
+    rows = torch.tensor([[0, 5, 1], [1, 2, 5], [0, 3, 2], [2, 3, 1], [1, 2, 3]])
+    judged = {0: {5, 3}, 1: {2}, 2: {3}}
+    for first, B in ((0, 5), (1, 3)):
         found = counted_once(rows, first, B)
-        for b in range(B):
-            positive, seen, numbers = 2 * (first + b), set(), rows.flatten().tolist()
-            for column, number in enumerate(numbers):
-                counts = column == positive or (number != numbers[positive] and number not in seen)
+        for b, query in enumerate(rows[first : first + B, 0].tolist()):
+            positive, seen = 2 * (first + b), set()
+            for column, number in enumerate(rows[:, 1:].flatten().tolist()):
+                counts = column == positive or (number not in judged[query] and number not in seen)
                 assert found[b, column] == counts, (b, column)
                 seen.add(number)
 
@@ -149,7 +158,7 @@ def test_the_temperature_learns():
         torch.ones(1, 1, 1),
         torch.tensor([[[1.0]], [[0.5]]]),
         torch.ones(2, 1, dtype=torch.bool),
-        torch.tensor([[0, 1]]),
+        torch.tensor([[0, 0, 1]]),
     )["loss"].backward()
     assert objective.temperature.item() == pytest.approx(2) and weight.grad > 0  # lower: the positive is ahead
     assert not list(Objective(["softmax"]).parameters())

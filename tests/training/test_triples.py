@@ -35,7 +35,7 @@ def test_packed_and_padded_gradients_agree(tokens_dir, model_dir):
     gradients = []
     for packed in (False, True):
         batch = collate(data, data.rows(1), model, 64, packed)
-        loss = Objective(["in_batch"])(*model(**batch["inputs"]), batch["mask"], batch["passage_rows"])["loss"]
+        loss = Objective(["in_batch"])(*model(**batch["inputs"]), batch["mask"], batch["rows"])["loss"]
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
     for padded, packed in zip(*gradients, strict=True):
         assert torch.allclose(padded, packed, atol=1e-5), (padded - packed).abs().max()
@@ -93,7 +93,7 @@ def test_queries_with_one_passage_each(scored_dir, tokens_dir, model_dir):
     data = Triples(scored_dir, 8, None)
     data.check()
     batch = collate(data, data.rows(0), ColBERT.from_pretrained(model_dir), 64, False)
-    assert batch["passage_rows"].tolist() == np.load(tokens_dir / "triples.npy")[:8, 1:2].tolist()
+    assert batch["rows"].tolist() == np.load(tokens_dir / "triples.npy")[:8, :2].tolist()
 
 
 def test_scores_that_are_no_numbers(scored_dir):
