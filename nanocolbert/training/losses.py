@@ -61,10 +61,9 @@ def distil(scores: Scores) -> Tensor:
     Each row is stretched to the standard deviation of the student's logits: what is asked for is how near passages are
     beside each other, not a scale, which would flatten what the student knows.
     """
-    student, counted = scores.all, scores.counted
-    teacher, deviation = centred(scores.teacher_all.to(student.dtype), counted)
-    spread = centred(student.detach(), counted)[1] / deviation.clamp_min(EVEN)
-    return divergence(student, teacher * spread, counted)
+    student, teacher, counted = scores.all, scores.teacher_all.to(scores.all.dtype), scores.counted
+    stretch = deviation(student.detach(), counted) / deviation(teacher, counted).clamp_min(EVEN)
+    return divergence(student, teacher * stretch, counted)
 
 
 def divergence(logits: Tensor, wanted: Tensor, counted: Tensor | None = None) -> Tensor:
@@ -75,11 +74,11 @@ def divergence(logits: Tensor, wanted: Tensor, counted: Tensor | None = None) ->
     return (target.exp() * (target - found)).sum(1).mean()
 
 
-def centred(scores: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores (B, n) less the mean of what counts (B, n) in their row, and the standard deviation of that (B, 1)."""
+def deviation(scores: Tensor, counted: Tensor) -> Tensor:
+    """The standard deviation (B, 1) of those scores (B, n) of a row that count (B, n)."""
     n = counted.sum(1, keepdim=True)
-    scores = scores - (scores * counted).sum(1, keepdim=True) / n
-    return scores, ((scores * counted).square().sum(1, keepdim=True) / n).sqrt()
+    centred = scores - (scores * counted).sum(1, keepdim=True) / n
+    return ((centred * counted).square().sum(1, keepdim=True) / n).sqrt()
 
 
 def margin_mse(scores: Scores) -> Tensor:
