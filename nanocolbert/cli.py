@@ -219,6 +219,7 @@ def os_message(error: OSError) -> str:
         errno.EPERM: "change its permissions, or give another place",
         errno.ENOENT: "it is gone, or never was: make it again",
         errno.EMFILE: "raise the limit (ulimit -n)",
+        errno.EPIPE: "what was to read it has ended: run this again",
     }
     where = f"{error.filename}: " if error.filename is not None else ""
     remedy = remedies.get(error.errno, "look at the disk, then run this again")
@@ -234,10 +235,14 @@ def fail(message: str) -> None:
 def finish(result: dict | None) -> None:
     """Print a stage's result as one line of JSON; a process that is one of several ends here, at once.
 
+    The work is done by then: where nobody reads any more, as behind `| head -1`, that is no error.
     Torn down object by object, gloo's threads in one process may wait for ever for another that has gone.
     """
-    if result is not None:
-        print(json.dumps(result), flush=True)
+    try:
+        if result is not None:
+            print(json.dumps(result), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes there
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         end(0)
 

@@ -72,6 +72,17 @@ STUCK = "while True:\n            try: time.sleep(60)\n            except System
 SOFT = "soft = cli.stop_softly()\n        while not soft: time.sleep(0.01)\n        sys.exit(128 + soft[0])"
 
 
+def test_a_reader_that_has_gone_is_no_error():
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom nanocolbert import cli\n"
+    script += "cli.run_stage(lambda _: {'done': sys.stdin.readline()}, None)"
+    stage = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    stage.stdout.close()
+    _, said = stage.communicate(b"a table\n")
+    assert (stage.returncode, said) == (0, b"")
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("work", ["time.sleep(60)", STUCK, SOFT])
 def test_signals(tmp_path, work, number, code):
