@@ -1,11 +1,13 @@
 """Quality of the fast way: the same training, padded in fp32 and by train.py's own functions in bf16, then searched.
 
-    python bench/bench_quality.py --tokens_dir experiments/squad/tokens --processes 2      # half an hour
+    python bench/bench_quality.py --tokens_dir experiments/squad/tokens --processes 2      # an hour and a half
+    python bench/bench_quality.py --tokens_dir experiments/squad/tokens --processes 2 --recipe v1 --max_steps 40
 
 Two ways from the same weights, with the same triples in the same order, the same loss, optimiser and schedule: `padded`
 (every passage filled to doc_maxlen, all in one batch, fp32, the attention that transformers writes in plain PyTorch)
 and `fast` (collate and train_step: batches of like length, bf16 autocast, our attention). The recipe is
-that of configs/squad.sh; each of --seeds shuffles the triples and draws the passages that the projection begins with.
+that of configs/squad.sh, or v1's: one negative, l2, a random projection, a constant learning rate. Each of --seeds
+shuffles the triples and draws the projection, or the passages that it begins with.
 Afterwards every tenth dev question is searched among all the passages that dev questions were written from, exactly;
 both models embed as doc2embedding.py does. `p` is that of evaluate.py's randomisation test over the questions.
 """
@@ -39,9 +41,11 @@ from nanocolbert.training.step import make_optimizer, train_step
 from nanocolbert.training.triples import TOKENS_PER_BATCH, Triples, collate
 
 WAYS = ("padded", "fast")
-RECIPE = {"mask_punctuation": True, "similarity": "cosine", "loss": ["in_batch"], "dropout": 0.0}
-RECIPE |= {"attention_dropout": 0.0, "projection": "principal", "lr": 1e-4, "schedule": "linear"}
-RECIPE |= {"weight_decay": 0.0, "max_grad_norm": 2.0, "markers": True, "expand_queries_to": None, "pool_factor": None}
+BOTH = {"mask_punctuation": True, "dropout": 0.0, "attention_dropout": 0.0, "weight_decay": 0.0, "max_grad_norm": 2.0}
+BOTH |= {"markers": True, "expand_queries_to": None, "pool_factor": None}
+SQUAD = {"similarity": "cosine", "loss": ["in_batch"], "projection": "principal", "lr": 1e-4, "schedule": "linear"}
+V1 = {"similarity": "l2", "loss": ["softmax"], "projection": "orthogonal", "lr": 3e-6, "schedule": "constant"}
+RECIPES = {"squad": SQUAD, "v1": V1}
 
 
 def padded_step(model: ColBERT, optimizer, data: Triples, rows: np.ndarray, args) -> torch.Tensor:
@@ -113,7 +117,9 @@ def compare(seed: int, args) -> tuple[list[dict], dict]:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
-    recipe = argparse.Namespace(**vars(args), **RECIPE, seed=seed)
+    recipe = {**vars(args), **BOTH, **RECIPES[args.recipe], "seed": seed}
+    recipe = argparse.Namespace(**recipe | ({"lr": args.lr} if args.lr else {}))
+    torch.manual_seed(seed)
     base = train.load_model(recipe, read_meta(args.tokens_dir, "tokens", "tsv2mmap.py"))
     rows, losses, ranks = [], {}, {}
     for way in WAYS:
@@ -150,6 +156,8 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens_dir", type=Path, required=True, help="what tsv2mmap.py wrote, with triples")
     parser.add_argument("--base_model", default=MINILM, help="an encoder's name or folder")
+    parser.add_argument("--recipe", choices=RECIPES, default="squad", help="how (default squad)")
+    parser.add_argument("--lr", type=float, help="peak learning rate in place of the recipe's")
     parser.add_argument("--dim", type=int, default=128, help="size of a token embedding (default 128)")
     parser.add_argument("--queries", type=Path, default=DATA / "squad" / "queries.dev.tsv", help="qid, query")
     parser.add_argument("--qrels", type=Path, default=DATA / "squad" / "qrels.dev.tsv", help="qrels of these")

@@ -242,14 +242,17 @@ def memory() -> str:
 
 def quality() -> str:
     """Training by the fast path beside the padded one."""
-    line = last("quality")
     names = {"padded": "padded to 180, fp32", "fast": "as train.py computes"}
-    p = {row["seed"]: f"{row['p']:.2f}" for row in line["differences"]}
+    latest = {line["args"].get("recipe", "squad"): line for line in lines("quality")}
     rows = []
-    for row in line["rows"]:
-        mark = p[row["seed"]] if row["way"] == "fast" else ""
-        rows.append([row["seed"], names[row["way"]], f"{row['mrr_at_10']:.4f}", mark, f"{row['seconds']:,.0f}"])
-    return table(["seed", "way", "MRR@10", "p of the difference", "seconds"], rows)
+    for recipe, line in latest.items():
+        p = {row["seed"]: f"{row['p']:.2f}" for row in line["differences"]}
+        what = f"{recipe}, {line['args']['max_steps']} steps of {line['args']['batch_size']}"
+        for row in line["rows"]:
+            mark = p[row["seed"]] if row["way"] == "fast" else ""
+            found = f"{row['mrr_at_10']:.4f}", mark, f"{row['seconds']:,.0f}"
+            rows.append([what, row["seed"], names[row["way"]], *found])
+    return table(["recipe", "seed", "way", "MRR@10", "p of the difference", "seconds"], rows)
 
 
 def parity() -> str:

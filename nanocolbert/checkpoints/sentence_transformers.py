@@ -78,15 +78,18 @@ def mask_settings(path: Path, modules, tokenizer) -> dict:
 
 
 def pooling_settings(path: Path, modules) -> dict:
-    """How passages are pooled, by a HierarchicalTokenPooling after Normalize; means are of unit length by another."""
+    """How passages are pooled, by a HierarchicalTokenPooling after Normalize.
+
+    Means are of unit length by its own setting, as from version 6.2 on, or by another Normalize.
+    """
     names = [name for name, _ in modules]
     if POOLING not in names:
         return {}
     at = names.index(POOLING)
     folder = modules[at][1]
-    used = {"pool_factor": 1, "num_protected_tokens": 1, "tasks": ["document"]}
+    used = {"pool_factor": 1, "num_protected_tokens": 1, "tasks": ["document"], "normalize_embeddings": False}
     found = check_keys(folder / "config.json", read_settings(folder / "config.json"), used)
-    must_be(folder / "config.json", found, tasks=[["document"], "document", None])
+    must_be(folder / "config.json", found, tasks=[["document"], "document", None], normalize_embeddings=[False, True])
     for key, least in (("pool_factor", 1), ("num_protected_tokens", 0)):
         if type(found[key]) is not int or found[key] < least:
             raise InputError(f"{folder / 'config.json'}: {key} {found[key]!r}: not a whole number from {least} on")
@@ -98,7 +101,7 @@ def pooling_settings(path: Path, modules) -> dict:
     return {
         "pool_factor": found["pool_factor"],
         "protected_tokens": found["num_protected_tokens"],
-        "normalize_pooled": "Normalize" in names[at + 1 :],
+        "normalize_pooled": found["normalize_embeddings"] or "Normalize" in names[at + 1 :],
     }
 
 

@@ -77,6 +77,7 @@ def test_pooling_goes_in_and_out(is_unit, tmp_path):
         ({"pool_factor": 2.5}, None, "pool_factor 2.5: not a whole number from 1 on"),
         ({"num_protected_tokens": -1}, None, "num_protected_tokens -1: not a whole number from 0 on"),
         ({"pool_factor": 2, "linkage": "single"}, None, "unknown key 'linkage'"),
+        ({"pool_factor": 2, "normalize_embeddings": None}, None, "normalize_embeddings .* cannot be honoured"),
         ({"pool_factor": 2}, 4, "can be honoured after a Normalize only"),
         ({"pool_factor": 2}, 3, "can be honoured after a Normalize only"),
     ],
@@ -84,6 +85,12 @@ def test_pooling_goes_in_and_out(is_unit, tmp_path):
 def test_pooling_that_is_refused(settings, at, message, tmp_path):
     with pytest.raises(InputError, match=message):
         ColBERT.from_pretrained(with_pooling(tmp_path, at=at, **settings)[0])
+
+
+def test_pooling_may_bring_its_means_to_unit_length_itself(tmp_path):
+    for says in (True, False):
+        folder, _ = with_pooling(tmp_path / str(says), pool_factor=2, normalize_embeddings=says)
+        assert ColBERT.from_pretrained(folder).config.pooling() == (2, 1, says)
 
 
 def test_pooling_that_does_nothing(tmp_path):
