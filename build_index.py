@@ -39,6 +39,9 @@ def parse_args():
     parser.add_argument(
         "--nlist", type=positive, help="inverted lists (default: the power of two near 4 sqrt(embeddings))"
     )
+    parser.add_argument(
+        "--codec", type=Path, help="codes: take the codec of this index, or of these compressed embeddings; train none"
+    )
     parser.add_argument("--m", type=positive, help="ivfpq: bytes of an embedding's code (default: 16, or a divisor)")
     parser.add_argument("--nbits", type=positive, help="ivfpq: bits of a sub-quantiser (default 8, fewer if tiny)")
     parser.add_argument("--sample", type=positive, help="embeddings to train on (default: 40 a centroid)")
@@ -60,6 +63,7 @@ from nanocolbert.index.building import (
     build_codes,
     check_unit,
     codes_bytes,
+    known_codec,
     not_unit,
     sample_embeddings,
     sums_by_place,
@@ -180,7 +184,7 @@ def read_part(parts: Path, number: int, n: int, codec: Codec) -> Codes:
 
 def check_flags(args) -> None:
     """Raises InputError for a flag of the other method."""
-    flags = {"codes": ("bits", "keep_vectors"), "ivfpq": ("m", "nbits")}
+    flags = {"codes": ("bits", "keep_vectors", "codec"), "ivfpq": ("m", "nbits")}
     other = "ivfpq" if args.method == "codes" else "codes"
     for name in flags[other]:
         if getattr(args, name):
@@ -204,9 +208,12 @@ def made_from(source_meta: dict, args) -> dict:
 def main(args):
     started = time.time()
     check_flags(args)
-    check_output_dir(args.output_dir, "index", args.embedding_dir)
+    check_output_dir(args.output_dir, "index", args.embedding_dir, args.codec)
     source_meta = read_meta(args.embedding_dir, "embeddings", "doc2embedding.py", check=args.verify)
     is_compressed, known = bool(source_meta.get("bits")), None
+    if is_compressed and args.codec:
+        raise InputError(f"{args.embedding_dir}: compressed already, by a codec of its own: leave --codec out")
+    given = known_codec(args, source_meta["model_fingerprint"], source_meta["dim"])
     if not is_compressed:
         embeddings = Ragged(args.embedding_dir, "f2")
         pids = Ids(args.embedding_dir / "pids.npy", len(embeddings))
@@ -217,13 +224,15 @@ def main(args):
         if is_compressed:
             facts = collect_codes(source_meta, args, partial)
         elif args.method == "codes":
-            settings = args.bits or 2, args.nlist, args.sample, args.seed, args.keep_vectors, args.gpu
-            facts = build_codes(partial, args.embedding_dir, *settings, known=source_meta.get("files"))
+            bits = given.bits if given else args.bits or 2
+            settings = bits, args.nlist, args.sample, args.seed, args.keep_vectors, args.gpu
+            facts = build_codes(partial, args.embedding_dir, *settings, source_meta.get("files"), given and given.codec)
         else:
             facts, known = build_ivfpq(embeddings, source_meta, args, partial)
         facts = {**made_from(source_meta, args), **facts}
         settings = ("method", "nlist", "m", "nbits", "bits", "keep_vectors", "sample", "seed")
-        source = fingerprint(source_meta["fingerprint"], *(f"{name} {getattr(args, name)}" for name in settings))
+        settings = [f"{name} {getattr(args, name)}" for name in settings] + ([given.mark] if given else [])
+        source = fingerprint(source_meta["fingerprint"], *settings)
         also = CHANGING if args.method == "codes" else ()
         meta = write_meta(partial, "index", source, started, args, known=known, also=also, **facts)
     return {"output_dir": str(args.output_dir), "seconds": meta["seconds"], **facts}

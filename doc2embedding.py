@@ -35,6 +35,7 @@ def parse_args():
     parser.add_argument("--pool_factor", type=positive, help="embeddings that become one (default: the model's own)")
     parser.add_argument("--bits", type=int, choices=BITS, help="compress at once, to so many bits a dimension")
     parser.add_argument("--nlist", type=positive, help="--bits: centroids (default: near 4 sqrt(embeddings))")
+    parser.add_argument("--codec", type=Path, help="--bits: take the codec of this index, or embeddings; train none")
     parser.add_argument("--seed", type=seed, default=12345, help="--bits: of the sample that the codec is trained on")
     parser.add_argument("--tokens_per_batch", type=positive, help="positions in a batch (default: by device)")
     switch = argparse.BooleanOptionalAction
@@ -77,8 +78,8 @@ from nanocolbert.storage.texts import link_texts
 from nanocolbert.text import tokenizer_fingerprint
 
 
-def layout(model: ColBERT, passages: Ragged, n_passages: int, args, folder: Path) -> None:
-    """Write offsets.npy, and a values.npy of the right size, still without values, or a trained codec."""
+def layout(model: ColBERT, passages: Ragged, n_passages: int, given, args, folder: Path) -> None:
+    """Write offsets.npy, and a values.npy of the right size, still without values, or a codec: as given, or trained."""
     offsets = NpyWriter(folder / "offsets.npy", np.int64)
     offsets.append(np.zeros(1, np.int64))
     total = 0
@@ -98,6 +99,9 @@ def layout(model: ColBERT, passages: Ragged, n_passages: int, args, folder: Path
     from nanocolbert.index.codec import Codec
 
     (folder / "codec").mkdir()
+    if given:
+        given.codec.save(folder / "codec")
+        return
     nlist = args.nlist or default_nlist(total, MOST_CENTROIDS)
     rows = sample_passages(load_npy(folder / "offsets.npy"), nlist * PER_CENTROID, args.seed)
     pieces = passages.gather(rows)
@@ -254,8 +258,9 @@ def read_parts(folder: Path, n_passages: int, part_size: int) -> list[dict]:
 def main(args):
     started = time.time()
     check_launch()
-    if args.nlist and not args.bits:
-        raise InputError("--nlist says nothing without --bits: leave it out, or give --bits")
+    for name in ("nlist", "codec"):
+        if getattr(args, name) and not args.bits:
+            raise InputError(f"--{name} says nothing without --bits: leave it out, or give --bits")
     # Only where it knows that it is on CPUs does accelerate let several processes find each other.
     state = PartialState(cpu=args.cpu or not torch.accelerator.is_available())
     tokens_meta = read_meta(args.tokens_dir, "tokens", "tsv2mmap.py", check=args.verify)
@@ -263,18 +268,23 @@ def main(args):
     if not n_passages:
         raise InputError(f"{args.tokens_dir}: holds no collection: run tsv2mmap.py with --collection")
     folder = args.output_dir
-    check_apart(folder, args.tokens_dir, args.model)
+    check_apart(folder, args.tokens_dir, args.model, args.codec)
     if args.verify and (Path(args.model) / "meta.json").is_file():  # it comes with checksums
         verify(args.model)
     model_print = model_fingerprint(args.model)
     model = ColBERT.from_pretrained(args.model, device=state.device)
     passages, pids = Ragged(args.tokens_dir / "passages", "u2 u4"), Ids(args.tokens_dir / "pids.npy", n_passages)
     check_fit(model, passages, n_passages, tokens_meta, args)
-    settings = (args.bits, args.nlist, args.seed) if args.bits else ()
+    given = None
+    if args.codec:
+        from nanocolbert.index.building import known_codec  # compiled loops, which nothing else here needs
+
+        given = known_codec(args, model_print, model.config.dim)
+    settings = (args.bits, args.nlist, args.seed, *([given.mark] if given else [])) if args.bits else ()
     pooling = model.config.pooling(args.pool_factor)
     settings += () if pooling == model.config.pooling() else tuple(pooling)
     source = fingerprint(model_print, tokens_meta["fingerprint"], args.part_size, *settings)
-    lay_out = functools.partial(layout, model, passages, n_passages, args)
+    lay_out = functools.partial(layout, model, passages, n_passages, given, args)
     with claim(folder, source, lay_out) if state.is_main_process else contextlib.nullcontext():
         state.wait_for_everyone()
         total = int(load_npy(folder / "offsets.npy", "i8", (n_passages + 1,))[-1])

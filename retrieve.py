@@ -4,6 +4,7 @@
     python retrieve.py ... --quality best               # of a compressed index: fast, default or best
     python retrieve.py ... --candidates top1000.dev     # reranking: exact MaxSim of the candidates of each query
     python retrieve.py ... --exact                      # every passage, streamed: the ground truth for all else
+    python retrieve.py --index_dir index/* ...          # a collection in several indexes: the best of all
 
 reads   index/ (build_index.py; embeddings/ will do for the last two), model/ (train.py), queries (qid, query)
 writes  a run file, TREC (qid Q0 pid rank score tag) or MS MARCO (qid, pid, rank)
@@ -12,10 +13,12 @@ search.py has the search itself, for notebooks too. In a compressed index --npro
 --n_exact override what --quality says of each step. Where it keeps no vectors, --exact and --candidates are refused,
 unless they are to score --by_codes. An IVFPQ index scores exactly, on memory-mapped fp16 embeddings, the first
 --rerank_depth of the passages that it finds. Equal scores are in the order of the collection. Under
-`accelerate launch` each process takes a share of the queries. Reference: 146 ms a query on MS MARCO.
+`accelerate launch` each process takes a share of the queries, or of the indexes where there are several, each of which
+is searched with the whole effort. Reference: 146 ms a query on MS MARCO.
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +36,9 @@ def parse_args():
     parser.add_argument(
         "--model", help="the ColBERT model that the index was made from, of any layout (default: as the index says)"
     )
-    parser.add_argument("--index_dir", type=Path, required=True, help="what build_index.py wrote (or doc2embedding.py)")
+    parser.add_argument(
+        "--index_dir", type=Path, nargs="+", required=True, help="what build_index.py wrote (or doc2embedding.py)"
+    )
     parser.add_argument("--queries", type=Path, required=True, help="qid, query")
     parser.add_argument("--output", type=Path, required=True, help="run file to write")
     parser.add_argument("--format", choices=("trec", "msmarco"), default="trec", help="of the run file (default trec)")
@@ -75,13 +80,15 @@ if __name__ == "__main__":  # before the imports that take seconds: --help, or a
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from nanocolbert.checkpoints.layouts import model_of
+from nanocolbert.index.joined import best
 from nanocolbert.storage import runs, shares
 from nanocolbert.storage.artifact import check_file, check_output_file, peak_memory_mb, read_meta, verify
 from nanocolbert.storage.cutting import document_of
 from nanocolbert.storage.documents import read_queries
-from search import Searcher
+from search import Searcher, first_of_documents
 
 KNOBS = tuple(dict.fromkeys((*Effort._fields, *Depths._fields)))
 EFFORT = ("exact", "by_codes", "quality", "where", "by_document", *KNOBS, "batch_size")  # flags of the search
@@ -104,14 +111,32 @@ def read_candidates(
     return candidates
 
 
-def search_all(searcher: Searcher, queries: dict[str, str], candidates, args) -> Iterator[tuple]:
-    """Yield (qid, pids, scores) of every query."""
+def search_all(searcher: Searcher, queries: dict[str, str], candidates, args, state) -> Iterator[tuple]:
+    """Yield (qid, pids, scores) of every query; where processes share indexes, the first one yields all."""
     effort = {name: getattr(args, name) for name in EFFORT}
     rows = candidates and [candidates[qid] for qid in queries]
     rankings = searcher.rankings(list(queries.values()), args.k, rows, **effort)
+    if share_indexes(args, state):
+        rankings = merged(searcher, rankings, args)
+        queries = queries if state.is_main_process else ()
     for qid, (rows, scores) in zip(queries, rankings, strict=True):
         pids = searcher.index.ids(rows)
         yield qid, [document_of(pid) for pid in pids] if args.by_document else pids, scores.tolist()
+
+
+def share_indexes(args, state: PartialState) -> bool:
+    """Whether each process searches some of the indexes for all queries, and not all of them for some."""
+    return state.num_processes > 1 and len(args.index_dir) > 1
+
+
+def merged(searcher: Searcher, rankings: Iterator, args) -> Iterator:
+    """Yield, in the first process, the best of what all processes have found of each query."""
+    while batch := list(itertools.islice(rankings, args.batch_size)):
+        found = gather_object([batch])  # of each process
+        for parts in zip(*found, strict=True) if PartialState().is_main_process else ():
+            rows, scores = best(parts, len(parts) * args.k)
+            chosen = first_of_documents(searcher.index, rows, args.k) if args.by_document else slice(args.k)
+            yield rows[chosen], scores[chosen]
 
 
 def main(args):
@@ -121,8 +146,8 @@ def main(args):
     if args.candidates:
         check_file(args.candidates, "candidates of the queries")
     if args.model is None:
-        meta = read_meta(args.index_dir, "index", "build_index.py", "embeddings")
-        args.model = model_of(args.index_dir, meta)
+        meta = read_meta(args.index_dir[0], "index", "build_index.py", "embeddings")
+        args.model = model_of(args.index_dir[0], meta)
     check_output(args)
     if args.verify and (Path(args.model) / "meta.json").is_file():  # it comes with checksums
         verify(args.model)
@@ -132,9 +157,13 @@ def main(args):
     searcher = Searcher(args.index_dir, args.model, state.device, gpu_index=args.gpu_index, verify=args.verify)
     searcher.check_scoring(args.exact or args.candidates is not None, args.by_codes)
     candidates = read_candidates(searcher, queries, args, state)
-    mine = dict(list(queries.items())[state.process_index :: state.num_processes])
+    mine = queries
+    if share_indexes(args, state):
+        searcher.index.search_only(state.process_index, state.num_processes)
+    else:
+        mine = dict(list(queries.items())[state.process_index :: state.num_processes])
     started = time.time()
-    found = search_all(searcher, mine, candidates, args)
+    found = search_all(searcher, mine, candidates, args, state)
     shares.write_run(args.output, found, args.format, args.tag, state)
     seconds = time.time() - started
     if not state.is_main_process:
@@ -153,8 +182,8 @@ def main(args):
 
 def check_output(args) -> None:
     """Raise InputError if the run file cannot be written, or is a part of what is read."""
-    target = check_output_file(args.output, args.queries, args.candidates, args.index_dir, args.model)
-    for folder in (args.index_dir, Path(args.model)):
+    target = check_output_file(args.output, args.queries, args.candidates, *args.index_dir, args.model)
+    for folder in (*args.index_dir, Path(args.model)):
         if (folder / "meta.json").exists() and folder.resolve() in target.parents:
             raise InputError(f"{args.output}: inside {folder}, which is read: give another --output")
 

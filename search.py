@@ -34,6 +34,7 @@ from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.index.exact import ExactIndex
 from nanocolbert.index.gpu_index import GpuIndex
 from nanocolbert.index.ivfpq import IVFPQ
+from nanocolbert.index.joined import JoinedIndex
 from nanocolbert.index.ranking import Ranking
 from nanocolbert.progress import progress
 from nanocolbert.storage.artifact import check_output_dir, read_meta
@@ -105,24 +106,25 @@ class Searcher:
     """
 
     def __init__(self, index_dir, model=None, device=None, gpu_index: bool = False, verify: bool = False):
-        """Open an index folder.
+        """Open an index folder, or a list of several, whose passages are searched as those of one.
 
         model: a folder or a name on the hub, by default where the index says that it was, looked for when first needed.
         device: by default the GPU if there is one. verify: check the checksums of the index first.
         Raises InputError where the folders do not fit together.
         """
-        self.meta = read_meta(index_dir, "index", "build_index.py", "embeddings", check=verify)
-        self._lock, self._filters = threading.RLock(), {}
-        self.index_dir, self.device = Path(index_dir), torch.device(device or default_device())
-        self.gpu_index = gpu_index
-        self.index = open_index(self.index_dir, self.meta, self.device, gpu_index)
+        self.folders = [Path(one) for one in ([index_dir] if isinstance(index_dir, (str, Path)) else index_dir)]
+        if not self.folders:
+            raise InputError("no index: give the folder of one at least")
+        self.index_dir, self.device = self.folders[0], torch.device(device or default_device())
+        self._lock, self._filters, self.gpu_index = threading.RLock(), {}, gpu_index
+        self.meta, self.index = self._open(verify)
         if model is not None:
             self.model = self._load(model)
 
     def __repr__(self) -> str:
         kinds = {"codes": f"compressed, {self.meta.get('bits')} bits", "ivfpq": "IVFPQ", None: "embeddings"}
         kind = kinds[self.meta.get("method")]
-        return f"Searcher: {len(self):,} passages in {self.index_dir} ({kind}), on {self.device}"
+        return f"Searcher: {len(self):,} passages in {self.index.folder} ({kind}), on {self.device}"
 
     def __len__(self) -> int:
         """Passages that can be found."""
@@ -142,6 +144,12 @@ class Searcher:
     def model(self) -> ColBERT:
         """The model that the index was made from."""
         return self._load(model_of(self.index_dir, self.meta))
+
+    def _open(self, verify: bool = False) -> tuple[dict, CompressedIndex | ExactIndex | JoinedIndex]:
+        metas = [read_meta(folder, "index", "build_index.py", "embeddings", check=verify) for folder in self.folders]
+        how = self.device, self.gpu_index
+        indexes = [open_index(folder, meta, *how) for folder, meta in zip(self.folders, metas, strict=True)]
+        return metas[0], JoinedIndex(indexes, metas) if len(indexes) > 1 else indexes[0]
 
     def _load(self, folder) -> ColBERT:
         check_made_by(folder, self.index_dir, self.meta)
@@ -249,7 +257,7 @@ class Searcher:
         """Whether each row may be found (n,) bool, by ids, strings or numbers, and a condition; None: all may."""
         if among is None and where is None:
             return None
-        if not isinstance(index, CompressedIndex):
+        if not index.has_filters:
             raise InputError("among and where are for a compressed index: build_index.py --method codes")
         allowed = np.ones(len(index), bool) if where is None else self._where(index, where)
         if among is None:
@@ -257,7 +265,7 @@ class Searcher:
         pids = [among] if isinstance(among, str) else list(map(str, among))
         rows = index.rows(pids)
         if (rows < 0).any() and not skip_unknown:
-            raise InputError(f"{self.index_dir}: has no passage {pids[int((rows < 0).argmax())]}: leave it out")
+            raise InputError(f"{index.folder}: has no passage {pids[int((rows < 0).argmax())]}: leave it out")
         chosen = np.zeros(len(index), bool)
         chosen[rows[rows >= 0]] = True
         return allowed & chosen
@@ -294,10 +302,10 @@ class Searcher:
     def _explain(self, index, query: str, pids: list[str]) -> list[Explanation]:
         rows = index.rows(pids)
         if (rows < 0).any():
-            raise InputError(f"{self.index_dir}: has no passage {pids[int((rows < 0).argmax())]}")
+            raise InputError(f"{index.folder}: has no passage {pids[int((rows < 0).argmax())]}")
         texts = index.texts(rows)
         if None in texts:
-            raise InputError(f"{self.index_dir}: keeps no texts: make it again, from tokens with --keep_texts")
+            raise InputError(f"{index.folder}: keeps no texts: make it again, from tokens with --keep_texts")
         with self._lock:
             model = self.model
         is_pooled = self.meta.get("pool_factor", 1) > 1  # its vectors are of several tokens each
@@ -312,12 +320,11 @@ class Searcher:
         Raises InputError where it was built anew from another model than the one that is open.
         """
         with self._lock:
-            if not isinstance(self.index, CompressedIndex) or self.index.is_current():
+            if self.index.is_current():
                 return False
-            meta = read_meta(self.index_dir, "index", "build_index.py")
+            meta, index = self._open()
             if "model" in vars(self) and meta.get("model_fingerprint") != self.meta.get("model_fingerprint"):
                 raise InputError(f"{self.index_dir}: built anew, from another model: open it again, with that")
-            index = open_index(self.index_dir, meta, self.device, self.gpu_index)
             index.clock = self.index.clock
             self.meta, self.index, self._filters = meta, index, {}
             return True
@@ -365,6 +372,8 @@ class Searcher:
         return n
 
     def _check_changes(self) -> None:
+        if len(self.folders) > 1:
+            raise InputError(f"{self.index.folder}: several indexes: open the one alone that is to be changed")
         if not isinstance(self.index, CompressedIndex):
             raise InputError(f"{self.index_dir}: only a compressed index is changed: build_index.py --method codes")
         self.reload()  # it may be another by now
@@ -380,11 +389,16 @@ def best_documents(index, find, queries: Tensor, rows: list[np.ndarray] | None, 
         n *= 4
         own = None if rows is None else [rows[i] for i in missing]
         for i, (here, scores) in zip(missing, find(queries[missing], own, n), strict=True):
-            _, first = np.unique([document_of(pid) for pid in index.ids(here)], return_index=True)
-            best = np.sort(first)[:k]
+            best = first_of_documents(index, here, k)
             found[i] = (here[best], scores[best]), len(best) == k or len(here) < n
         missing = [i for i in missing if not found[i][1]]
     return [ranking for ranking, _ in found]
+
+
+def first_of_documents(index, rows: np.ndarray, k: int) -> np.ndarray:
+    """Positions of the first passage of each document among rows, the best first, of k documents at most."""
+    _, first = np.unique([document_of(pid) for pid in index.ids(rows)], return_index=True)
+    return np.sort(first)[:k]
 
 
 def open_index(folder: Path, meta: dict, device: torch.device, on_gpu: bool) -> CompressedIndex | ExactIndex:

@@ -40,7 +40,7 @@ def secret(text: str) -> str:
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     switch = argparse.BooleanOptionalAction
-    parser.add_argument("--index_dir", type=Path, required=True, help="what build_index.py wrote")
+    parser.add_argument("--index_dir", type=Path, nargs="+", required=True, help="what build_index.py wrote")
     parser.add_argument("--model", help="the model that the index was made from (default: as the index says)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine)")
     parser.add_argument("--port", type=count, default=8000, help="0: any that is free (default 8000)")
@@ -62,6 +62,8 @@ def parse_args():
     args = parser.parse_args()
     if args.port > 65535:
         parser.error(f"argument --port: {args.port} is not a port: 65535 is the last")
+    if args.writable and len(args.index_dir) > 1:
+        parser.error("argument --writable: of one index: give that alone")
     if args.token and not args.writable:
         parser.error("argument --token: it permits changes, as --writable does: give both")
     return args
@@ -146,7 +148,7 @@ def main(args):
     searcher.search("ready?", k=1)  # loads the model, compiles loops
     settings = Settings(
         page=Path(__file__).resolve().parent / "page",
-        index=args.index_dir.resolve().name,
+        index=", ".join(folder.resolve().name for folder in args.index_dir),
         model=Path(args.model or searcher.meta.get("model", "")).name,
         hosts=(*HOSTS, bracketed(args.host), *args.allowed_hosts),
         token=token,

@@ -34,7 +34,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from nanocolbert.cli import InputError, catch_signals, cores, count, held, maxlen, positive, run_stage, say
+from nanocolbert.cli import InputError, catch_signals, cores, count, held, maxlen, positive, run_stage, say, shard
 
 if __name__ == "__main__":  # before the imports that take a second
     catch_signals()
@@ -61,6 +61,7 @@ from nanocolbert.storage.tsv import batched, read_rows
 from nanocolbert.text import FRAME, own_backend, prepare_texts, tokenize, tokenizer_fingerprint
 
 CHUNK = 2000  # texts handed to a worker at a time
+WHOLE = (1, 1)  # a collection that is no shard
 TRIPLE_HEADERS = ("query", "anchor", "question", "positive", "negative", "pos", "neg")
 
 
@@ -170,7 +171,8 @@ def convert_texts(path, what: str, how: tuple, writer: TokenWriter, ids: IdWrite
     if kept is not None:
         kept.close()
     if not writer.n_texts:
-        raise InputError(f"{path}: empty, expected {what}")
+        shard = how[-1]
+        raise InputError(f"{path}: {'empty' if shard[0] == 1 else f'no line for shard {shard[0]}'}, expected {what}")
     repeated = Ids(ids.path).duplicate()
     if repeated:
         identifier, *rows = repeated
@@ -232,9 +234,11 @@ def check_inputs(args) -> None:
         check_file(path, "input of tsv2mmap.py")
     if not inputs or (args.triples is None and args.collection is None):
         raise InputError("nothing to do: give --collection, or --triples, or both")
-    fields, words, overlap = how_to_read(args)
+    fields, words, overlap, shard = how_to_read(args)
     if args.collection is None and (words or fields != USUAL):
         raise InputError("--passage_words, --id_field, --title_field and --text_field are of a --collection: give it")
+    if shard != WHOLE and (args.collection is None or args.queries or args.triples):
+        raise InputError("--shard is of a --collection that is to be searched: give it alone, without --triples")
     if args.nway and not args.triples:
         raise InputError("--nway is of --triples: give them")
     if overlap >= (words or 1):
@@ -242,9 +246,9 @@ def check_inputs(args) -> None:
     check_output_dir(args.output_dir, "tokens", *inputs, args.tokenizer)
 
 
-def how_to_read(args) -> tuple[Fields, int | None, int]:
-    """What the collection's fields are called, and the words and the overlap of the passages that it is cut to."""
-    return Fields(args.id_field, args.title_field, args.text_field), args.passage_words, args.overlap
+def how_to_read(args) -> tuple[Fields, int | None, int, tuple[int, int]]:
+    """What the collection's fields are called, words and overlap of the passages that it is cut to, and its shard."""
+    return Fields(args.id_field, args.title_field, args.text_field), args.passage_words, args.overlap, args.shard
 
 
 def format_of_triples(args) -> str | None:
@@ -272,7 +276,7 @@ def convert(args, folder: Path, triples_format: str | None, writers: dict[str, T
     counts, of_triples = {}, {}
     tables = {kind: TextRows() if triples_format == "text" else None for kind in writers}
     for kind, name, path, what, how in (
-        ("query", "qids", args.queries, "queries: qid, query", (USUAL, None, 0)),
+        ("query", "qids", args.queries, "queries: qid, query", (USUAL, None, 0, WHOLE)),
         ("passage", "pids", args.collection, "collection: pid, passage", how_to_read(args)),
     ):
         ids = IdWriter(folder / f"{name}.npy")
@@ -356,6 +360,13 @@ def parse_args():
         "--passage_words", type=positive, help="cut documents to passages of N words, at sentence ends: ids doc#1, ..."
     )
     parser.add_argument("--overlap", type=count, default=0, help="words that passages begin before the last one's end")
+    parser.add_argument(
+        "--shard",
+        type=shard,
+        default=WHOLE,
+        metavar="i/n",
+        help="every n-th document from the i-th on: an index of each of n parts, searched together",
+    )
     # of the triples
     parser.add_argument("--max_triples", type=positive, help="read only the first N triples (default: all)")
     parser.add_argument("--tokenizer", required=True, help="model whose tokenizer to use: folder, hub name, .dnn file")

@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -69,6 +70,14 @@ def maxlen(text: str) -> int:
     if value < 4:
         raise argparse.ArgumentTypeError(f"{text!r} tokens leave no room for a word piece: give at least 4")
     return value
+
+
+def shard(text: str) -> tuple[int, int]:
+    """Which of how many parts: (i, n) of "i/n", i from 1 on."""
+    found = re.fullmatch(r"([1-9][0-9]{0,8})/([1-9][0-9]{0,8})", text)
+    if not found or int(found[1]) > int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not i/n, the i-th of n, as 1/8 ... 8/8")
+    return int(found[1]), int(found[2])
 
 
 def word(text: str) -> str:

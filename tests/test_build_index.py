@@ -14,6 +14,7 @@ from build_index import sample_embeddings
 from nanocolbert.cli import InputError
 from nanocolbert.index.centroids import default_nlist
 from nanocolbert.index.compressed import CompressedIndex
+from nanocolbert.storage.artifact import read_json, write_json
 from nanocolbert.storage.ragged import Ragged
 from search import Searcher
 
@@ -194,6 +195,44 @@ def test_compressed_at_once(compressed_dir, codes_dir, model_dir, toy_dir, tmp_p
         assert {hit.pid: hit.text for hit in hits} == texts
     assert scores[0].keys() == scores[1].keys()
     assert max(abs(scores[0][pid] - scores[1][pid]) for pid in scores[0]) < 1.0
+
+
+def test_a_codec_that_is_there(codes_dir, compressed_dir, embedding_dir, tmp_path):
+    """The very same index, by its own codec; that of compressed embeddings; and what cannot be."""
+    flags = ("--embedding_dir", embedding_dir, "--output_dir", tmp_path / "index")
+    succeed(call_stage("build_index.py", *flags, "--codec", codes_dir))
+    state, meta = (json.loads((tmp_path / "index" / name).read_text()) for name in ("state.json", "meta.json"))
+    assert state == json.loads((codes_dir / "state.json").read_text()) and (meta["bits"], meta["nlist"]) == (4, 4)
+    succeed(call_stage("build_index.py", *flags, "--codec", compressed_dir))
+    other = json.loads((tmp_path / "index/meta.json").read_text())
+    assert other["fingerprint"] != meta["fingerprint"]
+    codebook = "representative_coarse.npy"
+    assert (tmp_path / "index" / codebook).read_bytes() == (compressed_dir / "codec" / codebook).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--codec", "CODES", "--nlist", 3), "--nlist: of a codec that is trained here"),
+        (("--codec", "CODES", "--sample", 300), "--sample: of a codec that is trained here"),
+        (("--codec", "CODES", "--bits", 2), "--bits 2: the codec in CODES has 4"),
+        (("--codec", "CODES", "--method", "ivfpq"), "--codec says nothing to --method ivfpq"),
+        (("--codec", "EMBEDDINGS"), "EMBEDDINGS: has no codec"),
+        (("--codec", "OTHER"), "OTHER: a codec for another model"),
+        (("--codec", "nowhere"), "nowhere: not a finished index folder"),
+        (("--codec", "CODES", "--embedding_dir", "COMPRESSED"), "compressed already, by a codec of its own"),
+    ],
+)
+def test_refusals_of_a_codec(codes_dir, compressed_dir, embedding_dir, tmp_path_factory, tmp_path, flags, message):
+    other = shutil.copytree(codes_dir, tmp_path_factory.mktemp("other") / "index")
+    meta = read_json(other / "meta.json") | {"model_fingerprint": "0" * 32}
+    write_json(other / "meta.json", meta, summed=True)
+    places = {"CODES": codes_dir, "COMPRESSED": compressed_dir, "EMBEDDINGS": embedding_dir, "OTHER": other}
+    for name, place in places.items():
+        message = message.replace(name, str(place))
+    given = ("--embedding_dir", embedding_dir, "--output_dir", tmp_path / "index")
+    done = call_stage("build_index.py", *given, *(places.get(flag, flag) for flag in flags))
+    assert done.returncode == 2 and message in done.stderr and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

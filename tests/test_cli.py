@@ -35,6 +35,13 @@ def test_types(kind, good, bad):
             kind(text)
 
 
+def test_shards():
+    assert [cli.shard(text) for text in ("1/1", "8/8", "3/100")] == [(1, 1), (8, 8), (3, 100)]
+    for text in ("0/2", "3/2", "1", "1/", "a/b", "-1/2", "1/2/3", " 1/2"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not i/n, the i-th of n"):
+            cli.shard(text)
+
+
 @pytest.mark.parametrize(
     "error, said",
     [

@@ -155,6 +155,23 @@ def test_mistakes(embedding_dir, embedding_arguments, model_dir, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_codec_that_is_there(embedding_arguments, codes_dir, embedding_dir, tmp_path):
+    """That of an index, or of embeddings, is taken; what was begun with another is not gone on with."""
+    flags, (first, second) = (*embedding_arguments, "--bits", 4), (tmp_path / "first", tmp_path / "second")
+    for out, codec in ((first, codes_dir), (second, first)):
+        succeed(call_stage("doc2embedding.py", *flags, "--output_dir", out, "--codec", codec))
+    made = sorted([*first.glob("codec/*"), *first.glob("parts/*.npy")])
+    assert len(made) > 20 and all(path.read_bytes() == (second / path.relative_to(first)).read_bytes() for path in made)
+    assert (first / "codec/centroids.npy").read_bytes() == (codes_dir / "centroids.npy").read_bytes()
+    assert "embeddings of another model or collection" in refused(*flags, "--output_dir", first, "--codec", second)
+    out = ("--output_dir", tmp_path / "new")
+    assert "--codec says nothing without --bits" in refused(*embedding_arguments, *out, "--codec", codes_dir)
+    assert "--nlist: of a codec that is trained" in refused(*flags, *out, "--codec", codes_dir, "--nlist", 3)
+    assert "has no codec" in refused(*flags, *out, "--codec", embedding_dir)
+    assert "the codec in" in refused(*embedding_arguments, "--bits", 2, *out, "--codec", codes_dir)
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_cannot_be_found_or_coded_is_said_before_work(embedding_arguments, tokens_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("doc2embedding.LONGEST", 100)
     message = refused(*embedding_arguments, "--bits", 2, "--output_dir", tmp_path / "e")

@@ -217,6 +217,26 @@ def test_titles_and_long_documents(encoder_dir, tmp_path):
     check_mistake(done, tmp_path, {}, "c.jsonl:4: id 'd1#1' a second time (first on line 1)")
 
 
+def test_shards_hold_every_document_once(encoder_dir, tmp_path):
+    """Whole documents, so that the passages of one are together; titles, lines of mistakes and ids as they were."""
+    lines = ["id\ttext", *(f"d{i}\tfind apple. A drum in a house." for i in range(5))]
+    (tmp_path / "c.tsv").write_text("\n".join(lines) + "\n")
+    flags, found = ("--collection", tmp_path / "c.tsv", "--tokenizer", encoder_dir, "--passage_words", 4), []
+    for i in (1, 2, 3):
+        out = tmp_path / f"shards/{i}"
+        succeed(call_stage("tsv2mmap.py", *flags, "--shard", f"{i}/3", "--output_dir", out))
+        found.append(Ids(out / "pids.npy").text(np.arange(len(np.load(out / "pids.npy")))))
+    assert [sorted({pid.partition("#")[0] for pid in pids}) for pids in found] == [["d0", "d3"], ["d1", "d4"], ["d2"]]
+    assert all(pids == sorted(pids) and len(pids) == 2 * len({*pids}) // 2 for pids in found)
+    (tmp_path / "c.tsv").write_text("\n".join([*lines, "d3\tagain"]) + "\n")
+    out = ("--output_dir", tmp_path / "out")
+    done = call_stage("tsv2mmap.py", *flags, "--shard", "1/1", *out)
+    assert "c.tsv:7: id 'd3#1' a second time (first on line 5)" in done.stderr
+    done = call_stage("tsv2mmap.py", *flags, "--shard", "9/9", *out)
+    assert done.returncode == 2 and "c.tsv: no line for shard 9, expected collection" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_killed_worker_ends_it_at_once(encoder_dir, tmp_path):
     words = "the boat of a cloud near an old house " * 40
     (tmp_path / "c.tsv").write_text("".join(f"p{i}\t{words}\n" for i in range(60_000)))
@@ -371,6 +391,7 @@ def test_other_mistakes(encoder_dir, toy_dir, tmp_path):
             (*collection, "--triples", toy_dir / "qrels.tsv", "--tokenizer", encoder_dir),
             "qrels.tsv: qrels need --collection and --queries",
         ),
+        ((*toy_inputs(toy_dir), "--tokenizer", encoder_dir, "--shard", "1/2"), "--shard is of a --collection that"),
         ((*collection, "--tokenizer", encoder_dir, "--nway", 2), "--nway is of --triples: give them"),
         (
             (*toy_inputs(toy_dir), "--triples", toy_dir / "qrels.tsv", "--tokenizer", encoder_dir, "--nway", 1),

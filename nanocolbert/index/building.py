@@ -3,6 +3,7 @@
 import math
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +15,12 @@ from nanocolbert.index.changes import create
 from nanocolbert.index.codec import Codec
 from nanocolbert.index.knobs import BITS
 from nanocolbert.progress import progress
+from nanocolbert.storage.artifact import read_meta
 from nanocolbert.storage.ragged import Ids, Ragged, neighbours
 from nanocolbert.storage.texts import FOLDER as TEXTS
 
 BLOCK = 1 << 18  # embeddings compressed at a time
+LOOKED_AT = 1 << 16  # embeddings whose length is looked at where none are needed to train
 APART = 0.02  # what the length of an embedding may differ from 1 by: fp16, and bf16 before it
 CHANGING = ("segments", "state.json", "state.json.partial", "lock")  # by changes.py: state.json lists them
 
@@ -49,6 +52,35 @@ def sample_embeddings(embeddings: Ragged, wanted: int, seed: int) -> tuple[np.nd
     return sample, embeddings.lengths(rows)
 
 
+class Known(NamedTuple):
+    """A codec that is there, of so many bits a dimension; mark: the fingerprint of what it was trained with."""
+
+    codec: Codec
+    bits: int
+    mark: str
+
+
+def known_codec(args, model_print: str, dim: int) -> Known | None:
+    """The codec of --codec, an index' or compressed embeddings'; None without.
+
+    Raises InputError unless it is for this model (its fingerprint), vectors of this size, and --bits, where given.
+    """
+    if not args.codec:
+        return None
+    for name in ("nlist", "sample"):
+        if getattr(args, name, None):
+            raise InputError(f"--{name}: of a codec that is trained here: leave it out, or --codec")
+    meta = read_meta(args.codec, "index", "build_index.py", "embeddings")
+    if not meta.get("bits"):
+        raise InputError(f"{args.codec}: has no codec: give a compressed index, or what doc2embedding.py --bits wrote")
+    if (meta["model_fingerprint"], meta["dim"]) != (model_print, dim):
+        raise InputError(f"{args.codec}: a codec for another model, {meta['model']}: give one that is for this one")
+    if args.bits not in (None, meta["bits"]):
+        raise InputError(f"--bits {args.bits}: the codec in {args.codec} has {meta['bits']}: leave it out, or --codec")
+    folder = args.codec / "codec" if meta["kind"] == "embeddings" else args.codec
+    return Known(Codec.load(folder), meta["bits"], meta["fingerprint"])
+
+
 def build_codes(
     folder,
     source,
@@ -59,12 +91,13 @@ def build_codes(
     keep_vectors: bool = False,
     gpu: bool = True,
     known: dict | None = None,
+    codec: Codec | None = None,
 ) -> dict:
     """Write a compressed index into an empty folder; returns facts for its meta.json.
 
     source: the folder of the embeddings (values.npy, offsets.npy, pids.npy, texts/); nlist, sample: None for the
-    default; known: checksums of the source's files. Raises InputError where nlist is too large, or vectors are not of
-    unit length.
+    default; known: checksums of the source's files; codec: one of these bits, of another index, in place of one that is
+    trained. Raises InputError where nlist is too large, or vectors are not of unit length.
     """
     if bits not in BITS:
         raise InputError(f"bits {bits}: give one of {', '.join(map(str, BITS))}")
@@ -74,12 +107,13 @@ def build_codes(
     most = min(n_embeddings, MOST_CENTROIDS)
     if nlist and not 0 < nlist <= most:
         raise InputError(f"--nlist {nlist}: more than {source} can train, or less than 1: give at most {most}")
-    nlist = nlist or default_nlist(n_embeddings, MOST_CENTROIDS)
-    values, lengths = sample_embeddings(embeddings, sample or nlist * PER_CENTROID, seed)
+    nlist = len(codec.centroids) if codec else nlist or default_nlist(n_embeddings, MOST_CENTROIDS)
+    values, lengths = sample_embeddings(embeddings, sample or (LOOKED_AT if codec else nlist * PER_CENTROID), seed)
     check_unit(source, values)
-    print(f"{n_embeddings} embeddings: {nlist} centroids, {bits} bits, trained on {len(values)}", flush=True)
+    how = "by a codec that was there" if codec else f"trained on {len(values)}"
+    print(f"{n_embeddings} embeddings: {nlist} centroids, {bits} bits, {how}", flush=True)
     device, clock = default_device() if gpu else torch.device("cpu"), time.time()
-    codec = Codec.train(values, lengths, bits, nlist, seed, device)
+    codec = codec or Codec.train(values, lengths, bits, nlist, seed, device)
     del values
     train_seconds, clock = time.time() - clock, time.time()
 

@@ -34,7 +34,7 @@ PASSAGES = 16  # of a document looked for at a time
 class CompressedIndex:
     """An open compressed index; a row is a passage's position among all segments."""
 
-    streams = False  # see ExactIndex
+    streams, has_filters = False, True  # see ExactIndex
     effort = staticmethod(effort_for)
 
     def __init__(self, folder):
@@ -128,9 +128,12 @@ class CompressedIndex:
         """The names that metadata of passages have."""
         return list(dict.fromkeys(name for part in self.segments if part.texts for name in part.texts.metadata.fields))
 
-    def where(self, condition: str) -> np.ndarray:
-        """Whether each row's metadata fulfil a condition, as SQL has it, (n,) bool. Raises InputError."""
-        fields, fulfil = self.fields, np.zeros(len(self), bool)
+    def where(self, condition: str, fields: list[str] | None = None) -> np.ndarray:
+        """Whether each row's metadata fulfil a condition, as SQL has it, (n,) bool. Raises InputError.
+
+        fields: those that it may name, by default the index's own.
+        """
+        fields, fulfil = self.fields if fields is None else fields, np.zeros(len(self), bool)
         if not fields:
             raise InputError(f"{self.folder}: where {condition[:200]!r}: its passages have no metadata: leave it out")
         for segment in self.segments:

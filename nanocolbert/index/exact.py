@@ -46,6 +46,7 @@ class ExactIndex:
     """Stored embeddings, without an index; a row is a passage's position in the collection."""
 
     streams = True  # scoring every passage reads them all: queries had better come at once
+    has_filters = False  # passages are not chosen by their ids and metadata
     version, fields = 1, ()
     effort = staticmethod(depths_for)
 
@@ -68,6 +69,10 @@ class ExactIndex:
     def __len__(self) -> int:
         """Passages."""
         return len(self.embeddings)
+
+    def is_current(self) -> bool:
+        """Whether what is open is what lies on disk: nothing changes it."""
+        return True
 
     def alive(self) -> np.ndarray:
         """Whether each row is there, (n,) bool: all are."""

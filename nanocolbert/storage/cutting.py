@@ -1,6 +1,7 @@
 """Long documents cut to passages, at ends of sentences; ids doc#1, doc#2, ... of a document doc."""
 
 import bisect
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -20,9 +21,20 @@ BRIEF = re.compile(  # words with a dot, after which a sentence goes on
 )
 
 
-def read_passages(path, what: str, fields: Fields = USUAL, words: int | None = None, overlap: int = 0, tell=None):
-    """Documents of a file, cut to passages if `words` says so. Raises InputError on ids that would look like theirs."""
-    for document in read_documents(path, what, fields, tell):
+def read_passages(
+    path,
+    what: str,
+    fields: Fields = USUAL,
+    words: int | None = None,
+    overlap: int = 0,
+    shard: tuple[int, int] = (1, 1),
+    tell=None,
+):
+    """Documents of a file, cut to passages if `words` says so; shard (i, n): the i-th of every n documents alone.
+
+    Raises InputError on ids that would look like those of passages.
+    """
+    for document in itertools.islice(read_documents(path, what, fields, tell), shard[0] - 1, None, shard[1]):
         if words is None:
             yield document
             continue

@@ -1,0 +1,170 @@
+"""Several indexes searched as one: each finds its own best, and the best of all of these are the answer.
+
+So a collection may lie in parts, each built by itself, on one machine or on many (docs/scale.md). A row is a passage's
+position among all of them, in the order in which they were given.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+
+from nanocolbert.cli import InputError
+from nanocolbert.index.clock import Clock
+from nanocolbert.index.ranking import Ranking, top
+
+# Of each meta.json, and what holds where it does not say:
+SAME = {**dict.fromkeys(("kind", "method", "model_fingerprint", "tokenizer_fingerprint", "dim")), "pool_factor": 1}
+
+
+class JoinedIndex:
+    """Open indexes of the same kind and model, searched as one."""
+
+    def __init__(self, indexes: list, metas: list[dict]):
+        """Raises InputError unless they are of the same kind and model; metas: their meta.json."""
+        self.indexes, self.mine = indexes, range(len(indexes))
+        self.first_rows = np.append(0, np.cumsum([len(index) for index in indexes]))
+        first = indexes[0]
+        for index, meta in zip(indexes, metas, strict=True):
+            for key, default in SAME.items():
+                found, wanted = meta.get(key, default), metas[0].get(key, default)
+                if found != wanted:
+                    raise InputError(
+                        f"{index.folder}: {key} {found}, {wanted} in {first.folder}: only indexes of one kind and one "
+                        "model are searched together"
+                    )
+        self.clock = first.clock
+        self.effort, self.streams, self.has_filters = first.effort, first.streams, first.has_filters
+        self.folder = ", ".join(str(index.folder) for index in indexes)
+
+    def search_only(self, number: int, of: int) -> None:
+        """From now on search the indexes of one process of several: neighbours, so that equal scores keep their order.
+
+        Raises InputError where there are fewer indexes than processes.
+        """
+        if len(self.indexes) < of:
+            raise InputError(f"{len(self.indexes)} indexes for {of} processes: give at most as many processes")
+        edges = [len(self.indexes) * at // of for at in (number, number + 1)]
+        self.mine = range(*edges)
+
+    @property
+    def clock(self) -> Clock:
+        """Where time goes, in all of them."""
+        return self.indexes[0].clock
+
+    @clock.setter
+    def clock(self, clock: Clock) -> None:
+        for index in self.indexes:
+            index.clock = clock
+
+    def __len__(self) -> int:
+        """Passages, the deleted ones among them."""
+        return int(self.first_rows[-1])
+
+    @property
+    def version(self) -> int:
+        """How often they have been changed, all together, from 1."""
+        return 1 + sum(index.version - 1 for index in self.indexes)
+
+    @property
+    def fields(self) -> list[str]:
+        """The names that metadata of passages have."""
+        return list(dict.fromkeys(name for index in self.indexes for name in index.fields))
+
+    def is_current(self) -> bool:
+        """Whether what is open is what lies on disk."""
+        return all(index.is_current() for index in self.indexes)
+
+    def alive(self) -> np.ndarray:
+        """Whether each row is there, (n,) bool."""
+        return np.concatenate([index.alive() for index in self.indexes])
+
+    def where(self, condition: str) -> np.ndarray:
+        """Whether each row's metadata fulfil a condition, as SQL has it, (n,) bool. Raises InputError."""
+        if not self.fields:
+            raise InputError(f"{self.folder}: where {condition[:200]!r}: no passages with metadata: leave it out")
+        return np.concatenate([index.where(condition, self.fields) for index in self.indexes])
+
+    def rows(self, pids: list[str]) -> np.ndarray:
+        """The row of each id that is there, (n,) int64; -1 for the others. Raises InputError for one that is twice."""
+        rows = np.full(len(pids), -1)
+        for index, first in zip(self.indexes, self.first_rows, strict=False):
+            found = index.rows(pids)
+            there = found >= 0
+            if len(twice := np.flatnonzero(there & (rows >= 0))):
+                raise self._twice(pids[twice[0]])
+            rows[there] = found[there] + first
+        return rows
+
+    def ids(self, rows: np.ndarray) -> list[str]:
+        """Ids of the given rows. Raises InputError for one that comes twice: what was found is then no ranking."""
+        ids = self._gather(rows, lambda index, local: index.ids(local))
+        if len(set(ids)) < len(np.unique(rows)):
+            raise self._twice(next(pid for at, pid in enumerate(ids) if pid in ids[:at]))
+        return ids
+
+    def _twice(self, pid: str) -> InputError:
+        where = [str(index.folder) for index in self.indexes if index.rows([pid])[0] >= 0]
+        return InputError(f"passage {pid} is in {' and in '.join(where)}: delete it from all but one")
+
+    def texts(self, rows: np.ndarray) -> list[str | None]:
+        """Texts of the given rows; None where they are not kept."""
+        return self._gather(rows, lambda index, local: index.texts(local))
+
+    def metadata(self, rows: np.ndarray) -> list[dict | None]:
+        """What else is known of the given rows."""
+        return self._gather(rows, lambda index, local: index.metadata(local))
+
+    def vectors(self, rows: np.ndarray) -> list[np.ndarray] | None:
+        """Embeddings (Ld, D) fp16 of the given rows; None where one of the indexes keeps none."""
+        parts = [index.vectors(np.zeros(0, np.int64)) for index in self.indexes]
+        return None if None in parts else self._gather(rows, lambda index, local: index.vectors(local))
+
+    def _gather(self, rows: np.ndarray, read: Callable) -> list:
+        """What read(index, its own rows) gives, in the order of `rows` (n,)."""
+        found, rows = np.empty(len(rows), object), np.asarray(rows)
+        for number, index in enumerate(self.indexes):
+            here = np.flatnonzero((rows >= self.first_rows[number]) & (rows < self.first_rows[number + 1]))
+            for at, value in zip(here, read(index, rows[here] - self.first_rows[number]), strict=True):
+                found[at] = value
+        return found.tolist()
+
+    # --------------------------------------------------------------------------------------------------------- search
+
+    def search(self, queries: Tensor, k: int, effort, allowed: np.ndarray | None = None) -> list[Ranking]:
+        """The k best rows for each query (B, Lq, D), and their scores; each index is searched with the whole effort."""
+
+        def search_one(index, rows: slice) -> list[Ranking]:
+            return index.search(queries, k, effort, None if allowed is None else allowed[rows])
+
+        return self._best(search_one, len(queries), k)
+
+    def rank(self, queries: Tensor, rows: list[np.ndarray] | None, k: int, by_codes: bool = False) -> list[Ranking]:
+        """The k best of each query's own rows, of all if None. Raises InputError as the indexes do."""
+
+        def rank_one(index, here: slice) -> list[Ranking]:
+            own = None if rows is None else [one[(one >= here.start) & (one < here.stop)] - here.start for one in rows]
+            return index.rank(queries, own, k, by_codes)
+
+        return self._best(rank_one, len(queries), k)
+
+    def _best(self, find: Callable, n: int, k: int) -> list[Ranking]:
+        """The k best of what find(index, its rows) gives for n queries."""
+        found = [[] for _ in range(n)]
+        for number in self.mine:
+            here = slice(*self.first_rows[number : number + 2].tolist())
+            for parts, (rows, scores) in zip(found, find(self.indexes[number], here), strict=True):
+                parts.append((rows + here.start, scores))
+        return [best(parts, k) for parts in found]
+
+    def check_rank(self, by_codes: bool) -> None:
+        """Raise InputError unless passages can be scored by what is kept."""
+        for index in self.indexes:
+            index.check_rank(by_codes)
+
+
+def best(rankings: list[Ranking], k: int) -> Ranking:
+    """The k best of several rankings of different rows; equal scores in the order of rows."""
+    rows, scores = (np.concatenate(parts) for parts in zip(*rankings, strict=True))
+    order = np.argsort(rows)
+    return top(rows[order], scores[order], k)
