@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# A collection in N shards, each an index of its own, made by a job each: bash scripts/slurm.sh COLLECTION MODEL OUT N
+#   OUT       shard i goes into OUT/i; all are searched by: python retrieve.py --index_dir OUT/*/index ...
+#   SBATCH    more words for sbatch: SBATCH="--gres gpu:1 --mem 32G --time 8:00:00"
+#   TOKENS, EMBEDDINGS, INDEX   more arguments of the stages: scripts/index.sh
+# Shard 1 comes first, and trains the codec that all others take. A job that was cut off goes on when it is sent again.
+# Other schedulers, or none: SHARD=i bash scripts/slurm.sh COLLECTION MODEL OUT N makes shard i here and now.
+set -euo pipefail
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then sed -n '2,7s/^# //p' "$0"; exit; fi
+fail() { echo "slurm.sh: error: $*" >&2; exit 2; }
+absolute() { if [ -e "$1" ]; then realpath -- "$1"; else echo "$1"; fi; }  # a model may be a name on the hub
+[ $# = 4 ] && [[ $4 =~ ^[1-9][0-9]*$ ]] || fail "give COLLECTION MODEL OUT N, N a whole number: see --help"
+COLLECTION=$(absolute "$1") MODEL=$(absolute "$2") OUT=$(realpath -m -- "$3") N=$4
+HERE=$(cd -- "$(dirname -- "$0")" && pwd)
+[[ $OUT != *[[:space:]]* ]] || fail "$OUT: blanks in its name: give another OUT"
+mkdir -p "$OUT"
+SHARD=${SHARD:-${SLURM_ARRAY_TASK_ID:-}}
+if [ -z "$SHARD" ]; then
+    printf -v job '%q ' bash "$HERE/slurm.sh" "$COLLECTION" "$MODEL" "$OUT" "$N"
+    job=(sbatch --parsable --job-name colbert --chdir "$OUT" ${SBATCH:-} --wrap "$job")
+    first=$("${job[@]}" --array 1)
+    echo "shard 1: job $first"
+    [ "$N" = 1 ] || echo "shards 2 to $N: job $("${job[@]}" --array "2-$N" --dependency "afterok:$first")"
+    exit
+fi
+[[ $SHARD =~ ^[1-9][0-9]*$ ]] && [ "$SHARD" -le "$N" ] || fail "shard $SHARD: give 1 to $N"
+INDEX=${INDEX---keep_vectors} EMBEDDINGS=${EMBEDDINGS:-}
+if [ "$SHARD" != 1 ]; then
+    [ -e "$OUT/1/index/meta.json" ] || fail "$OUT/1/index: not there: make shard 1 first, for its codec"
+    case " $EMBEDDINGS" in
+        *" --bits"*) EMBEDDINGS+=" --codec $OUT/1/index" ;;
+        *) INDEX+=" --codec $OUT/1/index" ;;
+    esac
+fi
+export INDEX EMBEDDINGS TOKENS="${TOKENS:-} --shard $SHARD/$N"
+exec bash "$HERE/index.sh" "$COLLECTION" "$MODEL" "$OUT/$SHARD"
