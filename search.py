@@ -81,15 +81,11 @@ class Index:
         An index that is there is replaced once the new one is whole.
         Raises InputError for what cannot be indexed; nothing is left then.
         """
-        if passage_words and not (passage_words > 0 and 0 <= overlap < passage_words):
-            raise InputError(
-                f"passages of {passage_words} words, overlap {overlap}: give 1 or more, and an overlap of less"
-            )
+        if (passage_words is not None and passage_words < 1) or not 0 <= overlap < (passage_words or 1):
+            raise InputError(f"overlap {overlap}, passage_words {passage_words}: give passage_words above the overlap")
         check_output_dir(folder, "index", *([] if isinstance(model, ColBERT) else [model]))
         name = None if isinstance(model, ColBERT) else str(model)
         model = model if name is None else ColBERT.from_pretrained(name)
-        if (passage_words is not None and passage_words < 1) or not 0 <= overlap < (passage_words or 1):
-            raise InputError(f"overlap {overlap}, passage_words {passage_words}: give passage_words above the overlap")
         documents = {"words": passage_words, "overlap": overlap} if passage_words else None
         passages = indexing.passages_of(passages, ids, metadata, documents)
         settings = {"bits": bits, "keep_vectors": keep_vectors, "nlist": nlist, "seed": seed}
