@@ -117,7 +117,7 @@ def search_all(searcher: Searcher, queries: dict[str, str], candidates, args, st
     rows = candidates and [candidates[qid] for qid in queries]
     rankings = searcher.rankings(list(queries.values()), args.k, rows, **effort)
     if share_indexes(args, state):
-        rankings = merged(searcher, rankings, args)
+        rankings = merged(searcher, rankings, args, state)
         queries = queries if state.is_main_process else ()
     for qid, (rows, scores) in zip(queries, rankings, strict=True):
         pids = searcher.index.ids(rows)
@@ -129,11 +129,11 @@ def share_indexes(args, state: PartialState) -> bool:
     return state.num_processes > 1 and len(args.index_dir) > 1
 
 
-def merged(searcher: Searcher, rankings: Iterator, args) -> Iterator:
-    """Yield, in the first process, the best of what all processes have found of each query."""
+def merged(searcher: Searcher, rankings: Iterator, args, state: PartialState) -> Iterator:
+    """Yield, in the first process, the best of what all processes have found of each query; nothing in the others."""
     while batch := list(itertools.islice(rankings, args.batch_size)):
         found = gather_object([batch])  # of each process
-        for parts in zip(*found, strict=True) if PartialState().is_main_process else ():
+        for parts in zip(*found, strict=True) if state.is_main_process else ():
             rows, scores = best(parts, len(parts) * args.k)
             chosen = first_of_documents(searcher.index, rows, args.k) if args.by_document else slice(args.k)
             yield rows[chosen], scores[chosen]
@@ -157,9 +157,9 @@ def main(args):
     searcher = Searcher(args.index_dir, args.model, state.device, gpu_index=args.gpu_index, verify=args.verify)
     searcher.check_scoring(args.exact or args.candidates is not None, args.by_codes)
     candidates = read_candidates(searcher, queries, args, state)
-    mine = queries
     if share_indexes(args, state):
         searcher.index.search_only(state.process_index, state.num_processes)
+        mine = queries
     else:
         mine = dict(list(queries.items())[state.process_index :: state.num_processes])
     started = time.time()

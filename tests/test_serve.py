@@ -200,6 +200,8 @@ def test_sigterm_ends_it_when_what_runs_is_done(process):
         (("--host", "no.such.host.invalid"), "cannot listen at no.such.host.invalid"),
         (("--host", "192.0.2.1"), "cannot listen at 192.0.2.1"),
         (("--token", "long-enough"), "--writable"),
+        (("--index_dir", "a", "b", "--writable"), "--writable: of one index"),
+        (("--index_dir", "a", "b"), "a: not a finished index folder"),
         (("--writable", "--token", "short"), "8 characters"),
         (("--writable", "--token", "of two words"), "not one word"),
         (("--max_k", "0"), "'0' is not a whole number above 0"),

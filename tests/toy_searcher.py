@@ -28,7 +28,7 @@ class Hit(NamedTuple):
 class ToySearcher:
     """Passages score by how many words of the query they have; a query's "embedding" is itself."""
 
-    fields, index_dir = ("year",), "/home/me/index"
+    fields, folders = ("year",), ["/home/me/index"]
 
     def __init__(self, passages: dict[str, str]):
         self.passages, self.version = dict(passages), 1
@@ -71,7 +71,7 @@ class ToySearcher:
 
     def _explain(self, query: str, pid: str) -> Explanation:
         if pid not in self.passages:
-            raise InputError(f"{self.index_dir}: has no passage {pid}")
+            raise InputError(f"{self.folders[0]}: has no passage {pid}")
         text, (asked, tokens) = self.passages[pid], ([*spell(query)], [*spell(self.passages[pid])])
         same = np.array([[float(a.text == b.text) for b in tokens] for a in asked], np.float32)
         return Explanation(text, asked, tokens, np.zeros(len(asked), bool), same)

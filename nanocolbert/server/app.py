@@ -146,7 +146,7 @@ def make_app(searcher, workers: Workers, settings: Settings) -> Guard:
     """The ASGI app of an open Searcher."""
     app = FastAPI(title="nanoColBERT", version="1", docs_url=None, redoc_url=None)
     app.openapi_version = "3.0.3"  # what the bundled page can show
-    add_errors(app, getattr(searcher, "index_dir", ""))
+    add_errors(app, [str(folder) for folder in getattr(searcher, "folders", [])])
     add_searches(app, searcher, workers, settings)
     add_health(app, searcher, workers.searches, settings)
     add_changes(app, searcher, workers.changes)
@@ -154,8 +154,8 @@ def make_app(searcher, workers: Workers, settings: Settings) -> Guard:
     return Guard(app, settings.hosts, settings.max_body, CHANGES, settings.token)
 
 
-def add_errors(app: FastAPI, folder) -> None:
-    """Every error is {"error": one line}."""
+def add_errors(app: FastAPI, folders: list[str]) -> None:
+    """Every error is {"error": one line}, without where the indexes lie, which is nobody's business."""
 
     def answer(status: int, line: str, headers=None) -> JSONResponse:
         return JSONResponse({"error": " ".join(line.split())}, status, headers)
@@ -170,8 +170,10 @@ def add_errors(app: FastAPI, folder) -> None:
 
     @app.exception_handler(InputError)
     async def mistaken(_, error: InputError):
-        line = str(error).removeprefix(f"{folder}: ")
-        return answer(422, line.replace(str(folder), "the index") if str(folder) else line)  # nobody's business
+        line = str(error).removeprefix(f"{', '.join(folders)}: ")
+        for folder in folders:
+            line = line.replace(folder, "the index")
+        return answer(422, line)
 
     @app.exception_handler(OSError)
     async def refused_by_the_system(_, error: OSError):
