@@ -32,7 +32,8 @@ def test_training_step(encoder_dir, toy_dir, tmp_path):
     arguments |= {"--warmup": 0, "--steps": 1, "--repeats": 1}
     succeed(run_stage_cli("bench/bench_train.py", *(part for pair in arguments.items() for part in pair)))
     rows = json.loads((tmp_path / "train.jsonl").read_text())["rows"]
-    assert [row["way"] for row in rows] == ["reference", "ours"] and len({row["tokens_a_step"] for row in rows}) == 1
+    assert [row["way"] for row in rows if row["way"] != "ours_fp32"] == ["reference", "ours"]  # where "ours" is not
+    assert len({row["tokens_a_step"] for row in rows}) == 1
 
 
 def test_search_against_exact(embedding_dir, tmp_path):

@@ -199,7 +199,7 @@ def test_an_index_of_a_model_in_memory_has_it_within(colbert, tmp_path):
         (["red", "apple"], {"ids": ["a", "a"]}, "passage 1: id 'a' a second time"),
         (["red", "apple"], {"ids": ["a", "b c"]}, "ids:1: id 'b c'"),
         (["red"], {"ids": ["\ud800"]}, "has a control character, or half of one"),
-        (["red"], {"passage_words": -1}, "passages of -1 words"),
+        (["red"], {"passage_words": -1}, "passage_words -1: give passage_words above"),
         (["red"], {"passage_words": 5, "overlap": 5}, "overlap 5"),
         (["red"], {"nlist": -1}, "nlist"),
         (["red"], {"metadata": [[1]]}, "not an object with names"),

@@ -25,11 +25,18 @@ def test_a_model_comes_out(model_dir, encoder_dir):
     assert not (model_dir / "model.new").exists() and not list(model_dir.rglob("*.partial"))
     meta = json.loads((model_dir / "meta.json").read_text())
     assert meta["kind"] == "model" and meta["steps"] == TRAIN_STEPS and meta["processes"] == 1
-    assert meta["mixed_precision"] == meta["args"]["mixed_precision"] == mixed_precision("cpu")  # found out
+    assert meta["mixed_precision"] == meta["args"]["mixed_precision"] == "no"
     model = ColBERT.from_pretrained(model_dir)
     base = ColBERT.from_base(encoder_dir, dim=16)
     changed = [not torch.equal(weights, base.state_dict()[name]) for name, weights in model.state_dict().items()]
     assert len(changed) > 20 and sum(changed) > len(changed) - 3  # position embeddings past the longest text and such
+
+
+def test_in_16_bits_where_these_pay(model_dir, train_arguments, tmp_path):
+    found = train(train_arguments, tmp_path / "model", "--mixed_precision", "auto")
+    meta = json.loads((tmp_path / "model/meta.json").read_text())
+    assert meta["mixed_precision"] == meta["args"]["mixed_precision"] == mixed_precision("cpu")  # found out
+    assert found == pytest.approx(losses(model_dir), rel=0.2, abs=0.05)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
