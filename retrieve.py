@@ -83,12 +83,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from nanocolbert.checkpoints.layouts import model_of
-from nanocolbert.index.joined import best
 from nanocolbert.storage import runs, shares
 from nanocolbert.storage.artifact import check_file, check_output_file, peak_memory_mb, read_meta, verify
 from nanocolbert.storage.cutting import document_of
 from nanocolbert.storage.documents import read_queries
-from search import Searcher, first_of_documents
+from search import Searcher
 
 KNOBS = tuple(dict.fromkeys((*Effort._fields, *Depths._fields)))
 EFFORT = ("exact", "by_codes", "quality", "where", "by_document", *KNOBS, "batch_size")  # flags of the search
@@ -132,11 +131,14 @@ def share_indexes(args, state: PartialState) -> bool:
 def merged(searcher: Searcher, rankings: Iterator, args, state: PartialState) -> Iterator:
     """Yield, in the first process, the best of what all processes have found of each query; nothing in the others."""
     while batch := list(itertools.islice(rankings, args.batch_size)):
-        found = gather_object([batch])  # of each process
+        try:
+            found = gather_object([batch])  # of each process
+        except RuntimeError as error:
+            if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+                raise InputError("another process of this search has ended: see what it said") from None
+            raise
         for parts in zip(*found, strict=True) if state.is_main_process else ():
-            rows, scores = best(parts, len(parts) * args.k)
-            chosen = first_of_documents(searcher.index, rows, args.k) if args.by_document else slice(args.k)
-            yield rows[chosen], scores[chosen]
+            yield searcher.index.merge(parts, args.k, args.by_document)
 
 
 def main(args):

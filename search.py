@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from numbers import Integral
+from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ from nanocolbert.compute import default_device
 from nanocolbert.explain import Explanation, explain_all
 from nanocolbert.index import changes
 from nanocolbert.index.compressed import CompressedIndex
+from nanocolbert.index.documents import best_documents
 from nanocolbert.index.exact import ExactIndex
 from nanocolbert.index.gpu_index import GpuIndex
 from nanocolbert.index.ivfpq import IVFPQ
@@ -38,7 +40,6 @@ from nanocolbert.index.joined import JoinedIndex
 from nanocolbert.index.ranking import Ranking
 from nanocolbert.progress import progress
 from nanocolbert.storage.artifact import check_output_dir, read_meta
-from nanocolbert.storage.cutting import document_of
 from nanocolbert.text import check_texts
 
 BATCH_SIZE = 32  # queries at a time
@@ -108,12 +109,16 @@ class Searcher:
         device: by default the GPU if there is one. verify: check the checksums of the index first.
         Raises InputError where the folders do not fit together.
         """
-        self.folders = [Path(one) for one in ([index_dir] if isinstance(index_dir, (str, Path)) else index_dir)]
+        self.folders = [Path(one) for one in ([index_dir] if isinstance(index_dir, (str, PathLike)) else index_dir)]
         if not self.folders:
             raise InputError("no index: give the folder of one at least")
+        places = [folder.resolve() for folder in self.folders]
+        if twice := [folder for i, folder in enumerate(self.folders) if places[i] in places[:i]]:
+            raise InputError(f"{twice[0]}: a second time: give each index once")
         self.index_dir, self.device = self.folders[0], torch.device(device or default_device())
         self._lock, self._filters, self.gpu_index = threading.RLock(), {}, gpu_index
-        self.meta, self.index = self._open(verify)
+        self._opened = [self._open(folder, verify) for folder in self.folders]
+        self.meta, self.index = self._joined(self._opened)
         if model is not None:
             self.model = self._load(model)
 
@@ -141,11 +146,14 @@ class Searcher:
         """The model that the index was made from."""
         return self._load(model_of(self.index_dir, self.meta))
 
-    def _open(self, verify: bool = False) -> tuple[dict, CompressedIndex | ExactIndex | JoinedIndex]:
-        metas = [read_meta(folder, "index", "build_index.py", "embeddings", check=verify) for folder in self.folders]
-        how = self.device, self.gpu_index
-        indexes = [open_index(folder, meta, *how) for folder, meta in zip(self.folders, metas, strict=True)]
-        return metas[0], JoinedIndex(indexes, metas) if len(indexes) > 1 else indexes[0]
+    def _open(self, folder: Path, verify: bool = False) -> tuple[dict, CompressedIndex | ExactIndex]:
+        meta = read_meta(folder, "index", "build_index.py", "embeddings", check=verify)
+        return meta, open_index(folder, meta, self.device, self.gpu_index)
+
+    @staticmethod
+    def _joined(opened: list[tuple]) -> tuple[dict, CompressedIndex | ExactIndex | JoinedIndex]:
+        """The first one's meta.json, and one index of all."""
+        return opened[0] if len(opened) == 1 else (opened[0][0], JoinedIndex(*zip(*opened, strict=True)))
 
     def _load(self, folder) -> ColBERT:
         check_made_by(folder, self.index_dir, self.meta)
@@ -227,12 +235,17 @@ class Searcher:
         index.effort(quality, k, **knobs)  # raises for what this index does not know
         allowed = self._allowed(index, among, skip_unknown, where)
 
-        def find(queries: Tensor, rows: list[np.ndarray] | None, k: int) -> list[Ranking]:
-            if rows is None and not exact:
-                return index.search(queries, k, index.effort(quality, k, **knobs), allowed)
-            if rows is None and allowed is not None:
-                rows = [np.flatnonzero(allowed)] * len(queries)
-            return index.rank(queries, rows, k, by_codes)
+        def answer(one, queries: Tensor, rows: list[np.ndarray] | None, allowed: np.ndarray | None) -> list[Ranking]:
+            """Of one index."""
+
+            def find(queries: Tensor, rows: list[np.ndarray] | None, k: int) -> list[Ranking]:
+                if rows is None and not exact:
+                    return one.search(queries, k, one.effort(quality, k, **knobs), allowed)
+                if rows is None and allowed is not None:
+                    rows = [np.flatnonzero(allowed)] * len(queries)
+                return one.rank(queries, rows, k, by_codes)
+
+            return best_documents(one, find, queries, rows, k) if by_document else find(queries, rows, k)
 
         size = max(1, len(queries)) if exact and index.streams else batch_size
         starts = range(0, len(queries), size)
@@ -240,7 +253,10 @@ class Searcher:
             part = queries[start : start + size]
             part = part if isinstance(part, Tensor) else self.encode(part)  # (B, Lq, D)
             rows = None if candidates is None else candidates[start : start + size]
-            yield from best_documents(index, find, part, rows, k) if by_document else find(part, rows, k)
+            if isinstance(index, JoinedIndex):
+                yield from index.ask(answer, part, rows, allowed, k, by_document)
+            else:
+                yield from answer(index, part, rows, allowed)
 
     def check_scoring(self, is_given: bool, by_codes: bool) -> None:
         """Raise InputError unless what is given, candidates or every passage, can be scored in this way."""
@@ -318,11 +334,17 @@ class Searcher:
         with self._lock:
             if self.index.is_current():
                 return False
-            meta, index = self._open()
-            if "model" in vars(self) and meta.get("model_fingerprint") != self.meta.get("model_fingerprint"):
-                raise InputError(f"{self.index_dir}: built anew, from another model: open it again, with that")
+            opened = list(self._opened)
+            for at, (folder, (_, index)) in enumerate(zip(self.folders, self._opened, strict=True)):
+                if index.is_current():
+                    continue
+                opened[at] = self._open(folder)
+                before, now = (meta.get("model_fingerprint") for meta in (self.meta, opened[at][0]))
+                if "model" in vars(self) and now != before:
+                    raise InputError(f"{folder}: built anew, from another model: open it again, with that")
+            meta, index = self._joined(opened)
             index.clock = self.index.clock
-            self.meta, self.index, self._filters = meta, index, {}
+            self._opened, self.meta, self.index, self._filters = opened, meta, index, {}
             return True
 
     def add(self, ids: Iterable, texts: Iterable[str], metadata: Iterable[dict | None] | None = None) -> int:
@@ -373,28 +395,6 @@ class Searcher:
         if not isinstance(self.index, CompressedIndex):
             raise InputError(f"{self.index_dir}: only a compressed index is changed: build_index.py --method codes")
         self.reload()  # it may be another by now
-
-
-def best_documents(index, find, queries: Tensor, rows: list[np.ndarray] | None, k: int) -> list[Ranking]:
-    """The best passage of each of the k best documents for each query (B, Lq, D); find: as in `rankings`.
-
-    More passages are looked for until there are k documents among them, or no more passages.
-    """
-    found, missing, n = [None] * len(queries), np.arange(len(queries)), k
-    while len(missing):
-        n *= 4
-        own = None if rows is None else [rows[i] for i in missing]
-        for i, (here, scores) in zip(missing, find(queries[missing], own, n), strict=True):
-            best = first_of_documents(index, here, k)
-            found[i] = (here[best], scores[best]), len(best) == k or len(here) < n
-        missing = [i for i in missing if not found[i][1]]
-    return [ranking for ranking, _ in found]
-
-
-def first_of_documents(index, rows: np.ndarray, k: int) -> np.ndarray:
-    """Positions of the first passage of each document among rows, the best first, of k documents at most."""
-    _, first = np.unique([document_of(pid) for pid in index.ids(rows)], return_index=True)
-    return np.sort(first)[:k]
 
 
 def open_index(folder: Path, meta: dict, device: torch.device, on_gpu: bool) -> CompressedIndex | ExactIndex:

@@ -12,11 +12,14 @@ absolute() { if [ -e "$1" ]; then realpath -- "$1"; else echo "$1"; fi; }  # a m
 [ $# = 4 ] && [[ $4 =~ ^[1-9][0-9]*$ ]] || fail "give COLLECTION MODEL OUT N, N a whole number: see --help"
 COLLECTION=$(absolute "$1") MODEL=$(absolute "$2") OUT=$(realpath -m -- "$3") N=$4
 HERE=$(cd -- "$(dirname -- "$0")" && pwd)
-[[ $OUT != *[[:space:]]* ]] || fail "$OUT: blanks in its name: give another OUT"
-mkdir -p "$OUT"
+[ -f "$COLLECTION" ] || fail "$1: no such file: give a collection (.tsv, .csv, .jsonl, .parquet)"
+[[ $OUT != *[[:space:]*?[]* ]] || fail "$OUT: blanks, or one of *?[, in its name: give another OUT"
+mkdir -p "$OUT" 2> /dev/null || fail "$OUT: cannot be made: give another OUT"
 SHARD=${SHARD:-${SLURM_ARRAY_TASK_ID:-}}
 if [ -z "$SHARD" ]; then
-    printf -v job '%q ' bash "$HERE/slurm.sh" "$COLLECTION" "$MODEL" "$OUT" "$N"
+    command -v sbatch > /dev/null || fail "no sbatch here: run this where Slurm is; or set SHARD to 1, then to 2 ... $N"
+    job=
+    for word in bash "$HERE/slurm.sh" "$COLLECTION" "$MODEL" "$OUT" "$N"; do job+="'${word//\'/\'\\\'\'}' "; done
     job=(sbatch --parsable --job-name colbert --chdir "$OUT" ${SBATCH:-} --wrap "$job")
     first=$("${job[@]}" --array 1)
     echo "shard 1: job $first"
@@ -27,10 +30,8 @@ fi
 INDEX=${INDEX---keep_vectors} EMBEDDINGS=${EMBEDDINGS:-}
 if [ "$SHARD" != 1 ]; then
     [ -e "$OUT/1/index/meta.json" ] || fail "$OUT/1/index: not there: make shard 1 first, for its codec"
-    case " $EMBEDDINGS" in
-        *" --bits"*) EMBEDDINGS+=" --codec $OUT/1/index" ;;
-        *) INDEX+=" --codec $OUT/1/index" ;;
-    esac
+    if [[ " $EMBEDDINGS" == *" --bits"* ]]; then EMBEDDINGS+=" --codec $OUT/1/index"
+    elif [[ $INDEX != *ivfpq* ]]; then INDEX+=" --codec $OUT/1/index"; fi
 fi
 export INDEX EMBEDDINGS TOKENS="${TOKENS:-} --shard $SHARD/$N"
 exec bash "$HERE/index.sh" "$COLLECTION" "$MODEL" "$OUT/$SHARD"

@@ -70,11 +70,13 @@ class Records:
         partial.write_text(json.dumps({"stages": self.stages, "contents": self.contents}, indent=1) + "\n")
         os.replace(partial, self.path)
 
-    def identity(self, path: Path) -> str | None:
-        """What changes when a file or folder does; None where there is neither."""
+    def identity(self, path: Path, flag: str = "") -> str | None:
+        """What changes when a file or folder does, for the stage that reads it by this flag; None where neither is."""
         if path.is_dir():
             meta = read_json(path / "meta.json")
             files = {*path.glob("*.safetensors"), *path.glob("*.json")} - {path / "meta.json"}
+            if flag == "--codec":
+                files -= {path / "state.json"}  # what is added to an index does not touch its codec
             return digest([[meta.get(fact) for fact in FACTS], self.read(path, files if meta else path.rglob("*"))])
         return f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns}" if path.is_file() else None
 
@@ -180,7 +182,7 @@ def stage(out: Path, file: Path, command: list[str], lock: int) -> int:
     if target not in [Path(word) for flag in flags if flag.startswith("--output") for word in flags[flag]]:
         fail(f"{file}: not the --output or --output_dir of {' '.join(command)}")
     made_from = {
-        flag: [[word, records.identity(Path(word)) if word != flags[""][0] else None] for word in words]
+        flag: [[word, records.identity(Path(word), flag) if word != flags[""][0] else None] for word in words]
         for flag, words in flags.items()
         if not flag.startswith(FREE)
     }

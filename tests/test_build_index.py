@@ -213,12 +213,12 @@ def test_a_codec_that_is_there(codes_dir, compressed_dir, embedding_dir, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--codec", "CODES", "--nlist", 3), "--nlist: of a codec that is trained here"),
-        (("--codec", "CODES", "--sample", 300), "--sample: of a codec that is trained here"),
+        (("--codec", "CODES", "--nlist", 3), "--nlist 3: the codec in CODES has 4"),
         (("--codec", "CODES", "--bits", 2), "--bits 2: the codec in CODES has 4"),
         (("--codec", "CODES", "--method", "ivfpq"), "--codec says nothing to --method ivfpq"),
         (("--codec", "EMBEDDINGS"), "EMBEDDINGS: has no codec"),
         (("--codec", "OTHER"), "OTHER: a codec for another model"),
+        (("--codec", "DAMAGED", "--verify"), "DAMAGED/centroids.npy: damaged"),
         (("--codec", "nowhere"), "nowhere: not a finished index folder"),
         (("--codec", "CODES", "--embedding_dir", "COMPRESSED"), "compressed already, by a codec of its own"),
     ],
@@ -227,7 +227,15 @@ def test_refusals_of_a_codec(codes_dir, compressed_dir, embedding_dir, tmp_path_
     other = shutil.copytree(codes_dir, tmp_path_factory.mktemp("other") / "index")
     meta = read_json(other / "meta.json") | {"model_fingerprint": "0" * 32}
     write_json(other / "meta.json", meta, summed=True)
-    places = {"CODES": codes_dir, "COMPRESSED": compressed_dir, "EMBEDDINGS": embedding_dir, "OTHER": other}
+    damaged = shutil.copytree(codes_dir, other.parent / "damaged")
+    change(damaged / "centroids.npy", lambda centroids: -centroids)
+    places = {
+        "DAMAGED": damaged,
+        "CODES": codes_dir,
+        "COMPRESSED": compressed_dir,
+        "EMBEDDINGS": embedding_dir,
+        "OTHER": other,
+    }
     for name, place in places.items():
         message = message.replace(name, str(place))
     given = ("--embedding_dir", embedding_dir, "--output_dir", tmp_path / "index")

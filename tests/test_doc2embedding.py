@@ -166,7 +166,7 @@ def test_a_codec_that_is_there(embedding_arguments, codes_dir, embedding_dir, tm
     assert "embeddings of another model or collection" in refused(*flags, "--output_dir", first, "--codec", second)
     out = ("--output_dir", tmp_path / "new")
     assert "--codec says nothing without --bits" in refused(*embedding_arguments, *out, "--codec", codes_dir)
-    assert "--nlist: of a codec that is trained" in refused(*flags, *out, "--codec", codes_dir, "--nlist", 3)
+    assert "--nlist 3: the codec in" in refused(*flags, *out, "--codec", codes_dir, "--nlist", 3)
     assert "has no codec" in refused(*flags, *out, "--codec", embedding_dir)
     assert "the codec in" in refused(*embedding_arguments, "--bits", 2, *out, "--codec", codes_dir)
     assert not (tmp_path / "new").exists()

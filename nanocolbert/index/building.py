@@ -67,16 +67,15 @@ def known_codec(args, model_print: str, dim: int) -> Known | None:
     """
     if not args.codec:
         return None
-    for name in ("nlist", "sample"):
-        if getattr(args, name, None):
-            raise InputError(f"--{name}: of a codec that is trained here: leave it out, or --codec")
-    meta = read_meta(args.codec, "index", "build_index.py", "embeddings")
+    meta = read_meta(args.codec, "index", "build_index.py", "embeddings", check=args.verify)
     if not meta.get("bits"):
         raise InputError(f"{args.codec}: has no codec: give a compressed index, or what doc2embedding.py --bits wrote")
     if (meta["model_fingerprint"], meta["dim"]) != (model_print, dim):
         raise InputError(f"{args.codec}: a codec for another model, {meta['model']}: give one that is for this one")
-    if args.bits not in (None, meta["bits"]):
-        raise InputError(f"--bits {args.bits}: the codec in {args.codec} has {meta['bits']}: leave it out, or --codec")
+    for name in ("bits", "nlist"):
+        if getattr(args, name) not in (None, meta[name]):
+            found = f"--{name} {getattr(args, name)}: the codec in {args.codec} has {meta[name]}"
+            raise InputError(f"{found}: leave it out, or --codec")
     folder = args.codec / "codec" if meta["kind"] == "embeddings" else args.codec
     return Known(Codec.load(folder), meta["bits"], meta["fingerprint"])
 

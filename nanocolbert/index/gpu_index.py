@@ -4,6 +4,8 @@ Everything but kept vectors lies on the device: about as many bytes a token as b
 are cheaper than look-ups, so the codes of the passages in question are decoded, in fp16, and multiplied with the query.
 """
 
+import threading
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,16 +23,23 @@ class GpuIndex(CompressedIndex):
     def __init__(self, folder, device):
         """Raises InputError if there is no index."""
         super().__init__(folder)
-        self.check()
-        self.device, codec = torch.device(device), self.codec
+        self._lock = threading.Lock()
+        self.device, codec, self.on_device = torch.device(device), self.codec, {}
         self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32  # CPUs are slow with fp16
         self.rotation = torch.from_numpy(codec.rotation).to(self.device)
         self.centroids = torch.from_numpy(codec.centroids).to(self.device, self.dtype)
         self.norms = torch.from_numpy(codec.norms).to(self.device, self.dtype)
         self.books = [GpuBook(book, self.device, self.dtype) for book in codec.books]
-        self.on_device = {segment.first_row: GpuSegment(segment, self.device) for segment in self.segments}
+
+    def check(self) -> None:
+        """Before the first search, not before, put the segments on the device: another process may search them."""
+        with self._lock:
+            if not self.on_device:
+                super().check()
+                self.on_device = {segment.first_row: GpuSegment(segment, self.device) for segment in self.segments}
 
     def _prepare(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        self.check()
         query = query[query.any(1)].to(self.device)
         return query, (query @ self.rotation).to(self.dtype)
 

@@ -4,6 +4,7 @@ So a collection may lie in parts, each built by itself, on one machine or on man
 position among all of them, in the order in which they were given.
 """
 
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from nanocolbert.cli import InputError
 from nanocolbert.index.clock import Clock
+from nanocolbert.index.documents import first_of_documents
 from nanocolbert.index.ranking import Ranking, top
 
 # Of each meta.json, and what holds where it does not say:
@@ -20,7 +22,7 @@ SAME = {**dict.fromkeys(("kind", "method", "model_fingerprint", "tokenizer_finge
 class JoinedIndex:
     """Open indexes of the same kind and model, searched as one."""
 
-    def __init__(self, indexes: list, metas: list[dict]):
+    def __init__(self, metas: list[dict], indexes: list):
         """Raises InputError unless they are of the same kind and model; metas: their meta.json."""
         self.indexes, self.mine = indexes, range(len(indexes))
         self.first_rows = np.append(0, np.cumsum([len(index) for index in indexes]))
@@ -99,8 +101,9 @@ class JoinedIndex:
     def ids(self, rows: np.ndarray) -> list[str]:
         """Ids of the given rows. Raises InputError for one that comes twice: what was found is then no ranking."""
         ids = self._gather(rows, lambda index, local: index.ids(local))
-        if len(set(ids)) < len(np.unique(rows)):
-            raise self._twice(next(pid for at, pid in enumerate(ids) if pid in ids[:at]))
+        if len({*ids}) < len(ids):
+            twice = [pid for pid, n in Counter(ids).items() if n > 1]
+            self.rows(twice)  # of an index alone it may be there and deleted
         return ids
 
     def _twice(self, pid: str) -> InputError:
@@ -129,42 +132,30 @@ class JoinedIndex:
                 found[at] = value
         return found.tolist()
 
-    # --------------------------------------------------------------------------------------------------------- search
+    def ask(self, answer: Callable, queries: Tensor, rows, allowed, k: int, by_document: bool = False) -> list[Ranking]:
+        """The k best rows for each query (B, Lq, D), and their scores, of what each index finds with the whole effort.
 
-    def search(self, queries: Tensor, k: int, effort, allowed: np.ndarray | None = None) -> list[Ranking]:
-        """The k best rows for each query (B, Lq, D), and their scores; each index is searched with the whole effort."""
-
-        def search_one(index, rows: slice) -> list[Ranking]:
-            return index.search(queries, k, effort, None if allowed is None else allowed[rows])
-
-        return self._best(search_one, len(queries), k)
-
-    def rank(self, queries: Tensor, rows: list[np.ndarray] | None, k: int, by_codes: bool = False) -> list[Ranking]:
-        """The k best of each query's own rows, of all if None. Raises InputError as the indexes do."""
-
-        def rank_one(index, here: slice) -> list[Ranking]:
-            own = None if rows is None else [one[(one >= here.start) & (one < here.stop)] - here.start for one in rows]
-            return index.rank(queries, own, k, by_codes)
-
-        return self._best(rank_one, len(queries), k)
-
-    def _best(self, find: Callable, n: int, k: int) -> list[Ranking]:
-        """The k best of what find(index, its rows) gives for n queries."""
-        found = [[] for _ in range(n)]
+        answer(index, queries, rows, allowed): what one finds. rows: each query's own (n,), of all if None; allowed (n,)
+        bool: rows that may be found; by_document: the best row of each document.
+        """
+        found = []
         for number in self.mine:
             here = slice(*self.first_rows[number : number + 2].tolist())
-            for parts, (rows, scores) in zip(found, find(self.indexes[number], here), strict=True):
-                parts.append((rows + here.start, scores))
-        return [best(parts, k) for parts in found]
+            own = None if rows is None else [one[(one >= here.start) & (one < here.stop)] - here.start for one in rows]
+            may = None if allowed is None else allowed[here]
+            answers = answer(self.indexes[number], queries, own, may)
+            found.append([(local + here.start, scores) for local, scores in answers])
+        return [self.merge(rankings, k, by_document) for rankings in zip(*found, strict=True)]
+
+    def merge(self, rankings: list[Ranking], k: int, by_document: bool = False) -> Ranking:
+        """The k best of several rankings of different rows; equal scores in the order of rows."""
+        rows, scores = (np.concatenate(parts) for parts in zip(*rankings, strict=True))
+        order = np.argsort(rows)
+        rows, scores = top(rows[order], scores[order], len(rows) if by_document else k)
+        best = first_of_documents(self, rows, k) if by_document else slice(None)
+        return rows[best], scores[best]
 
     def check_rank(self, by_codes: bool) -> None:
         """Raise InputError unless passages can be scored by what is kept."""
         for index in self.indexes:
             index.check_rank(by_codes)
-
-
-def best(rankings: list[Ranking], k: int) -> Ranking:
-    """The k best of several rankings of different rows; equal scores in the order of rows."""
-    rows, scores = (np.concatenate(parts) for parts in zip(*rankings, strict=True))
-    order = np.argsort(rows)
-    return top(rows[order], scores[order], k)

@@ -1,6 +1,7 @@
 """The JSON interface of serve.py, and the files of its page."""
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -171,8 +172,8 @@ def add_errors(app: FastAPI, folders: list[str]) -> None:
     @app.exception_handler(InputError)
     async def mistaken(_, error: InputError):
         line = str(error).removeprefix(f"{', '.join(folders)}: ")
-        for folder in folders:
-            line = line.replace(folder, "the index")
+        for folder in folders:  # as words of their own
+            line = re.sub(rf"(?<!\S){re.escape(folder)}(?=[\s,:/]|$)", "the index", line)
         return answer(422, line)
 
     @app.exception_handler(OSError)

@@ -1,9 +1,11 @@
 """Several indexes searched as one: shards of a collection rank as the whole of it does, by one process and by two."""
 
 import json
+import random
 import re
 import shutil
 
+import numpy as np
 import pytest
 from conftest import call_stage, launch_cli, run_stage_cli, succeed
 
@@ -96,6 +98,30 @@ def test_processes_that_share_indexes_merge_documents(model_dir, tmp_path):
     assert len(set(found)) == 2 and (tmp_path / "two").read_text() == (tmp_path / "one").read_text()
 
 
+@pytest.mark.parametrize("quality", ["fast", "default"])
+def test_documents_are_the_same_however_many_processes_share_indexes(model_dir, tmp_path, quality):
+    """One index has a document of many passages, so that each looks for more to another depth."""
+    rng = random.Random(0)
+    words = ("red", "blue", "house", "boat", "apple", "cloud", "drum", "eagle")
+
+    def build(name: str, documents: dict[str, int]) -> None:
+        pids = [f"{doc}#{n}" for doc, count in documents.items() for n in range(1, count + 1)]
+        texts = [" ".join(rng.choices(words, k=4)) for _ in pids]
+        Index.build(tmp_path / name, model_dir, texts, pids, bits=1, nlist=8)
+
+    build("x", {"a": 60})
+    build("y", dict.fromkeys("bcdef", 8))
+    one, first, second = (Searcher([tmp_path / "x", tmp_path / "y"], device="cpu") for _ in range(3))
+    first.index.search_only(0, 2)
+    second.index.search_only(1, 2)
+    asked = one.encode([" ".join(rng.choices(words, k=3)) for _ in range(12)])
+    how = {"by_document": True, "quality": quality, "n_coarse": 2, "nprobe": 1}
+    parts = zip(first.rankings(asked, 2, **how), second.rankings(asked, 2, **how), strict=True)
+    for slow, rankings in zip(one.rankings(asked, 2, **how), parts, strict=True):
+        rows, scores = first.index.merge(rankings, 2, by_document=True)
+        assert np.array_equal(rows, slow[0]) and np.array_equal(scores, slow[1]) and len(rows) == 2
+
+
 def test_indexes_that_change_and_conditions(model_dir, tmp_path):
     for name, lang in {"x": "de", "y": "en"}.items():
         metadata = [{"lang": lang, "only": name}, {name: 1}]
@@ -114,9 +140,17 @@ def test_indexes_that_change_and_conditions(model_dir, tmp_path):
         searcher.search("house")
     with pytest.raises(InputError, match="passage x1 is in"):
         searcher.explain("house", ["x1"])
+    (tmp_path / "x").rename(tmp_path / "away")  # as while it is replaced
+    Searcher(tmp_path / "y", device="cpu").add(["y3"], ["red"])
+    assert searcher.reload() and len(searcher) == 6
+    (tmp_path / "away").rename(tmp_path / "x")
     Searcher(tmp_path / "x", device="cpu").delete(["x1"])
+    Searcher(tmp_path / "y", device="cpu").delete(["y3"])
     searcher.reload()
     assert {hit.pid for hit in searcher.search("house")} == {"x2", "y1", "y2", "x1"}
+    Searcher(tmp_path / "y", device="cpu").upsert(["y1"], ["a drum"])
+    searcher.reload()
+    assert searcher.index.ids(np.arange(len(searcher.index))).count("y1") == 2  # one of them is deleted
 
 
 def test_indexes_that_do_not_go_together(shard_dirs, codes_dir, index_dir, model_dir, toy_dir, tmp_path):
@@ -126,6 +160,9 @@ def test_indexes_that_do_not_go_together(shard_dirs, codes_dir, index_dir, model
     for folder, what in ((other, "model_fingerprint"), (index_dir, "method ivfpq, codes in")):
         with pytest.raises(InputError, match=f"{re.escape(str(folder))}: {what}.*: only indexes of one kind"):
             Searcher([codes_dir, folder])
+    (tmp_path / "link").symlink_to(codes_dir)
+    with pytest.raises(InputError, match="link: a second time: give each index once"):
+        Searcher([codes_dir, tmp_path / "link"])
     with pytest.raises(InputError, match="no index: give the folder"):
         Searcher([])
     flags = ("--index_dir", *shard_dirs[:2], "--model", model_dir, "--queries", toy_dir / "queries.tsv")

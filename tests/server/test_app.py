@@ -110,6 +110,11 @@ def test_changes(monkeypatch):
             patch.setattr(searcher, "add", mock.Mock(side_effect=found))
             told = error_of(client.post("/add", json=new, headers=CHANGES), 422)
             assert told == "passage 0: the index has a passage 8 already"
+        with monkeypatch.context() as patch:
+            found = InputError("passage a is in /home/me/index/a and in /home/me/index2: delete it")
+            patch.setattr(searcher, "add", mock.Mock(side_effect=found))
+            told = error_of(client.post("/add", json=new, headers=CHANGES), 422)
+            assert told == "passage a is in the index/a and in /home/me/index2: delete it"
         short = {"ids": ["8", "9"], "texts": ["black"]}
         assert "2 ids, but 1 texts" in error_of(client.post("/add", json=short, headers=CHANGES), 422)
 
