@@ -42,7 +42,7 @@ def test_shards_are_made_here_and_searched_together(toy_dir, model_dir, tmp_path
         (tmp_path / "new.tsv").write_text("new\n")
         succeed(call_stage("update_index.py", *new[:3], "--delete", tmp_path / "new.tsv"))
     searcher = Searcher([tmp_path / "out/1/index", tmp_path / "out/2/index"], device="cpu")
-    assert len(searcher) == 40 and "drum" in searcher.search("drum", k=1)[0].text
+    assert len(searcher) == 40 and any("drum" in hit.text for hit in searcher.search("drum", k=5))
 
 
 def test_what_the_scheduler_is_asked_for(repository, folder, tmp_path):  # noqa: F811
