@@ -17,6 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 from matplotlib.transforms import Bbox
 from measure import add_results_flag
 from tables import ZEN3, name_of
@@ -179,17 +180,20 @@ def draw_pooling(args) -> Path | None:
     models, widths = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "bits"))
     for model, bits in itertools.product(models, widths):
         here = [row for row in rows if (row["model"], row["bits"]) == (model, bits)]
-        points = [(row["bytes_per_passage"], row["ndcg_at_10"]) for row in here]
+        points = [(row["bytes_per_passage"] / 1024, row["ndcg_at_10"]) for row in here]
         name = "fp16 vectors" if bits == 16 else f"{bits} bit" + "s" * (bits > 1)
         look = {"color": f"C{widths.index(bits)}", "linestyle": ("-", "--", ":", "-.")[models.index(model) % 4]}
         axis.plot(*zip(*points, strict=True), marker="o", label=name + f", {model}" * (len(models) > 1), **look)
         for row, point in zip(here, points, strict=True):
             axis.annotate(f"{row['factor']}", point, (3, 4), textcoords="offset points", fontsize=8)
     axis.set_xscale("log")
-    axis.set(xlabel="bytes a passage (numbers: the pool factor)", ylabel="nDCG@10")
+    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.set(xlabel="KB a passage (numbers: the pool factor)", ylabel="nDCG@10")
     axis.grid(color="0.9", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     axis.set_title(f"{line['passages']:,} passages of {line['args']['data']}, {line['queries']:,} queries", fontsize=11)
     figure.tight_layout()
     return save(figure, args, "pooling")

@@ -324,6 +324,22 @@ def recipes() -> str:
     )
 
 
+def pooling() -> str:
+    """nDCG@10 and bytes of pooled passages, by models that were trained for it and not."""
+    line = last("pooling")
+    bits = list(dict.fromkeys(row["bits"] for row in line["rows"]))
+    groups = {}
+    for row in line["rows"]:
+        groups.setdefault((row["factor"], row["trained_for"]), {})[row["bits"]] = row
+    rows = []
+    for (factor, trained_for), found in sorted(groups.items()):
+        cells = [f"{found[n]['ndcg_at_10']:.4f} · {found[n]['bytes_per_passage'] / 1024:,.1f}" for n in bits]
+        of = f"factor {trained_for}" if trained_for > 1 else "no pooling"
+        rows.append([factor, of, next(iter(found.values()))["vectors_per_passage"], *cells])
+    titles = ("vectors" if n == 16 else f"{n} bit{'s' * (n > 1)}" for n in bits)
+    return table(["factor", "trained for", "vectors a passage", *titles], rows)
+
+
 def recipe_cell(found: dict | None) -> str:
     """The mean of the seeds, how far apart they are, and marks of paired tests (p < 0.05) against the baselines."""
     if found is None:
@@ -354,6 +370,7 @@ TABLES = {
         quality,
         parity,
         recipes,
+        pooling,
     )
 }
 
