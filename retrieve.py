@@ -83,6 +83,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from nanocolbert.checkpoints.layouts import model_of
+from nanocolbert.compute import is_of_another_process
 from nanocolbert.storage import runs, shares
 from nanocolbert.storage.artifact import check_file, check_output_file, peak_memory_mb, read_meta, verify
 from nanocolbert.storage.cutting import document_of
@@ -117,7 +118,7 @@ def search_all(searcher: Searcher, queries: dict[str, str], candidates, args, st
     rankings = searcher.rankings(list(queries.values()), args.k, rows, **effort)
     if share_indexes(args, state):
         rankings = merged(searcher, rankings, args, state)
-        queries = queries if state.is_main_process else ()
+        queries = queries if state.is_main_process else ()  # the others take part to the end, and yield nothing
     for qid, (rows, scores) in zip(queries, rankings, strict=True):
         pids = searcher.index.ids(rows)
         yield qid, [document_of(pid) for pid in pids] if args.by_document else pids, scores.tolist()
@@ -134,7 +135,7 @@ def merged(searcher: Searcher, rankings: Iterator, args, state: PartialState) ->
         try:
             found = gather_object([batch])  # of each process
         except RuntimeError as error:
-            if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            if is_of_another_process(error):
                 raise InputError("another process of this search has ended: see what it said") from None
             raise
         for parts in zip(*found, strict=True) if state.is_main_process else ():

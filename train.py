@@ -174,7 +174,7 @@ from transformers import AutoConfig
 
 from model import ColBERT
 from nanocolbert.checkpoints.layouts import is_colbert
-from nanocolbert.compute import COMPUTE_DTYPES, mixed_precision, one_arena, own_dropout
+from nanocolbert.compute import COMPUTE_DTYPES, is_of_another_process, mixed_precision, one_arena, own_dropout
 from nanocolbert.encoder.attention import packable
 from nanocolbert.encoder.pretrained import set_dropout
 from nanocolbert.storage.artifact import check_file, make_meta, read_meta, verify
@@ -313,7 +313,7 @@ def main(args):
     except RuntimeError as error:
         if "DefaultCPUAllocator" in str(error):
             raise MemoryError(first_line(error)) from None
-        if accelerator.num_processes > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+        if accelerator.num_processes > 1 and is_of_another_process(error):
             raise InputError("another process of this training has ended: see what it said, then --resume") from None
         raise
 

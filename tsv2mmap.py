@@ -43,7 +43,7 @@ import numpy as np
 
 from nanocolbert.progress import progress
 from nanocolbert.storage.artifact import check_file, check_output_dir, fingerprint, publish, write_meta
-from nanocolbert.storage.cutting import read_passages
+from nanocolbert.storage.cutting import WHOLE, read_passages
 from nanocolbert.storage.documents import USUAL, Fields
 from nanocolbert.storage.ragged import Ids, IdWriter, NpyWriter, RaggedWriter
 from nanocolbert.storage.text_rows import TextRows, hash_texts
@@ -61,7 +61,6 @@ from nanocolbert.storage.tsv import batched, read_rows
 from nanocolbert.text import FRAME, own_backend, prepare_texts, tokenize, tokenizer_fingerprint
 
 CHUNK = 2000  # texts handed to a worker at a time
-WHOLE = (1, 1)  # a collection that is no shard
 TRIPLE_HEADERS = ("query", "anchor", "question", "positive", "negative", "pos", "neg")
 
 

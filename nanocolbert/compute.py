@@ -45,6 +45,11 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def is_of_another_process(error: RuntimeError) -> bool:
+    """Whether an error says that another process, of several that work together, has ended."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
 def mixed_precision(device) -> str:
     """accelerate's name for `fast_dtype(device)`."""
     return next(name for name, dtype in COMPUTE_DTYPES.items() if dtype == fast_dtype(device))

@@ -7,8 +7,7 @@
 # Other schedulers, or none: SHARD=i bash scripts/slurm.sh COLLECTION MODEL OUT N makes shard i here and now.
 set -euo pipefail
 if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then sed -n '2,7s/^# //p' "$0"; exit; fi
-fail() { echo "slurm.sh: error: $*" >&2; exit 2; }
-absolute() { if [ -e "$1" ]; then realpath -- "$1"; else echo "$1"; fi; }  # a model may be a name on the hub
+source "$(dirname -- "$0")/stages.sh"  # TOKENS and EMBEDDINGS are arrays from here on
 [ $# = 4 ] && [[ $4 =~ ^[1-9][0-9]*$ ]] || fail "give COLLECTION MODEL OUT N, N a whole number: see --help"
 COLLECTION=$(absolute "$1") MODEL=$(absolute "$2") OUT=$(realpath -m -- "$3") N=$4
 HERE=$(cd -- "$(dirname -- "$0")" && pwd)
@@ -27,11 +26,11 @@ if [ -z "$SHARD" ]; then
     exit
 fi
 [[ $SHARD =~ ^[1-9][0-9]*$ ]] && [ "$SHARD" -le "$N" ] || fail "shard $SHARD: give 1 to $N"
-INDEX=${INDEX---keep_vectors} EMBEDDINGS=${EMBEDDINGS:-}
+index=${INDEX---keep_vectors} embeddings="${EMBEDDINGS[*]}"
 if [ "$SHARD" != 1 ]; then
     [ -e "$OUT/1/index/meta.json" ] || fail "$OUT/1/index: not there: make shard 1 first, for its codec"
-    if [[ " $EMBEDDINGS" == *" --bits"* ]]; then EMBEDDINGS+=" --codec $OUT/1/index"
-    elif [[ $INDEX != *ivfpq* ]]; then INDEX+=" --codec $OUT/1/index"; fi
+    if [[ " $embeddings" == *" --bits"* ]]; then embeddings+=" --codec $OUT/1/index"
+    elif [[ $index != *ivfpq* ]]; then index+=" --codec $OUT/1/index"; fi
 fi
-export INDEX EMBEDDINGS TOKENS="${TOKENS:-} --shard $SHARD/$N"
-exec bash "$HERE/index.sh" "$COLLECTION" "$MODEL" "$OUT/$SHARD"
+exec env INDEX="$index" EMBEDDINGS="$embeddings" TOKENS="${TOKENS[*]} --shard $SHARD/$N" \
+    bash "$HERE/index.sh" "$COLLECTION" "$MODEL" "$OUT/$SHARD"

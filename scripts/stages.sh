@@ -1,4 +1,4 @@
-# Sourced by run_colbert.sh and index.sh: the stages, each of which is skipped where it is done (scripts/stage.py).
+# Sourced by run_colbert.sh, index.sh and slurm.sh: the stages, each of which is skipped where it is done (scripts/stage.py).
 # They read what a config sets: OUT, COLLECTION, MODEL, LAUNCH, INDEX, DEV_QUERIES, DEV_QRELS; and these, if it does.
 DEMO_MODEL=experiments/demo/model
 MODEL=  # one that is trained already

@@ -23,7 +23,7 @@ from nanocolbert.index.codec import Codec, Tables
 from nanocolbert.index.exact import score_rows
 from nanocolbert.index.kernels.score import FINAL, LANES, nearest_lists, probe, score_coarse, score_fine
 from nanocolbert.index.knobs import Effort, effort_for
-from nanocolbert.index.ranking import Ranking, highest, top
+from nanocolbert.index.ranking import Ranking, gather, highest, top
 from nanocolbert.index.segments import BLOCK, Segment, read_state
 from nanocolbert.storage.artifact import identity, read_json
 from nanocolbert.storage.texts import metadata_of, texts_of
@@ -101,12 +101,7 @@ class CompressedIndex:
 
     def _gather(self, rows: np.ndarray, read: Callable) -> list:
         """What read(segment, its rows) gives, in the order of `rows` (n,)."""
-        found = np.empty(len(rows), object)
-        for segment in self.segments:
-            here = np.flatnonzero((rows >= segment.first_row) & (rows < segment.first_row + len(segment)))
-            for at, value in zip(here, read(segment, rows[here] - segment.first_row), strict=True):
-                found[at] = value
-        return found.tolist()
+        return gather(rows, self.segments, [segment.first_row for segment in self.segments], read)
 
     def vectors(self, rows: np.ndarray) -> list[np.ndarray] | None:
         """Embeddings (Ld, D) fp16 of the given rows, in the order of their tokens; None where they are not kept."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from nanocolbert.cli import InputError
 from nanocolbert.index.clock import Clock
 from nanocolbert.index.documents import first_of_documents
-from nanocolbert.index.ranking import Ranking, top
+from nanocolbert.index.ranking import Ranking, gather, top
 
 # Of each meta.json, and what holds where it does not say:
 SAME = {**dict.fromkeys(("kind", "method", "model_fingerprint", "tokenizer_fingerprint", "dim")), "pool_factor": 1}
@@ -90,7 +90,7 @@ class JoinedIndex:
     def rows(self, pids: list[str]) -> np.ndarray:
         """The row of each id that is there, (n,) int64; -1 for the others. Raises InputError for one that is twice."""
         rows = np.full(len(pids), -1)
-        for index, first in zip(self.indexes, self.first_rows, strict=False):
+        for index, first in zip(self.indexes, self.first_rows[:-1], strict=True):
             found = index.rows(pids)
             there = found >= 0
             if len(twice := np.flatnonzero(there & (rows >= 0))):
@@ -125,12 +125,7 @@ class JoinedIndex:
 
     def _gather(self, rows: np.ndarray, read: Callable) -> list:
         """What read(index, its own rows) gives, in the order of `rows` (n,)."""
-        found, rows = np.empty(len(rows), object), np.asarray(rows)
-        for number, index in enumerate(self.indexes):
-            here = np.flatnonzero((rows >= self.first_rows[number]) & (rows < self.first_rows[number + 1]))
-            for at, value in zip(here, read(index, rows[here] - self.first_rows[number]), strict=True):
-                found[at] = value
-        return found.tolist()
+        return gather(np.asarray(rows), self.indexes, self.first_rows[:-1], read)
 
     def ask(self, answer: Callable, queries: Tensor, rows, allowed, k: int, by_document: bool = False) -> list[Ranking]:
         """The k best rows for each query (B, Lq, D), and their scores, of what each index finds with the whole effort.

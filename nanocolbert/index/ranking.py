@@ -1,10 +1,22 @@
 """Rankings: rows of passages and their scores, the best first; equal scores in the order of the collection."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from nanocolbert.cli import InputError
 
 Ranking = tuple[np.ndarray, np.ndarray]  # (k,) int64 rows, (k,) fp32 scores
+
+
+def gather(rows: np.ndarray, parts: list, first_rows, read: Callable) -> list:
+    """What read(part, its own rows) gives, in the order of `rows` (n,); part i has the rows from first_rows[i] on."""
+    found, of = np.empty(len(rows), object), np.searchsorted(first_rows, rows, side="right") - 1
+    for number, part in enumerate(parts):
+        here = np.flatnonzero(of == number)
+        for at, value in zip(here, read(part, rows[here] - first_rows[number]), strict=True):
+            found[at] = value
+    return found.tolist()
 
 
 def top(rows: np.ndarray, scores: np.ndarray, k: int) -> Ranking:

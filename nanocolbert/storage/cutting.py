@@ -9,6 +9,7 @@ from nanocolbert.cli import InputError
 from nanocolbert.storage.documents import USUAL, Document, Fields, read_documents
 from nanocolbert.storage.tsv import check_id
 
+WHOLE = (1, 1)  # a collection that is no shard
 PART = re.compile(r"(?<=.)#[0-9]+\Z", re.DOTALL)
 
 # A word: what has no white space, or one character of a script that is written without, and the marks behind it.
@@ -27,7 +28,7 @@ def read_passages(
     fields: Fields = USUAL,
     words: int | None = None,
     overlap: int = 0,
-    shard: tuple[int, int] = (1, 1),
+    shard: tuple[int, int] = WHOLE,
     tell=None,
 ):
     """Documents of a file, cut to passages if `words` says so; shard (i, n): the i-th of every n documents alone.
