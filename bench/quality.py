@@ -82,6 +82,9 @@ ROWS = {
     "squad-plus-128": Row(PLUS, ("--dim", "128"), "the same in 128 dimensions"),
     "distil": Row(PLUS, ("--loss", "distil", *SHORT), "what the encoder knew alone, half of the steps"),
     "labels": Row(PLUS, ("--loss", "in_batch", *SHORT), "the labels alone, in as few"),
+    "near": Row(
+        PLUS, ("--teacher_similarity", "maxsim", "--lr", "1e-5"), "towards its MaxSim, by a third of the learning rate"
+    ),
 }
 
 
