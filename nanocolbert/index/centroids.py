@@ -15,8 +15,8 @@ MOST_CENTROIDS = 1 << 16  # what two bytes can name
 PER_CENTROID = 40  # embeddings that centroids are trained on; faiss warns under 39
 ITERATIONS = 6  # of k-means
 ASSIGN_BLOCK = 512  # embeddings whose similarities to all centroids are in memory at a time
-FEWEST_GROUPED, GROUP_BLOCK = 2048, 1 << 15  # centroids worth grouping where products are fp32; embeddings at a time
-TRIED = 4, 8  # groups that an embedding's nearest centroid is looked for in: to train centroids, to encode
+FEWEST_GROUPED, GROUP_BLOCK = 2048, 1 << 15  # centroids worth grouping; embeddings assigned at a time
+TRIED = 8  # groups that an embedding's nearest centroid is looked for in
 
 
 def default_nlist(n_embeddings: int, most: int | None = None) -> int:
@@ -32,53 +32,71 @@ def sample_passages(offsets: np.ndarray, wanted: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(n, n_drawn, replace=False))
 
 
-def kmeans(vectors: Tensor, n: int, rng, device="cpu") -> Tensor:
+def train_centroids(vectors: Tensor, n: int, rng, device="cpu") -> tuple[Tensor, np.ndarray]:
+    """Means (n, D) of clusters by cosine, and where groups of them begin, (G + 1,); vectors (m, D), n at most m.
+
+    Many are found in two levels: groups first, then the clusters of each group, as many as its share of the vectors.
+    """
+    if n < FEWEST_GROUPED:
+        return kmeans(vectors, n, rng, device, show=True), np.array([0, n])
+    G = 2 ** math.ceil(math.log2(n) / 2)
+    group = assign(vectors, unit(kmeans(vectors[drawn(rng, len(vectors), G * PER_CENTROID)], G, rng, device)), device)
+    order, counts = group.argsort(stable=True), torch.bincount(group, minlength=G)
+    shares = torch.diff(counts.cumsum(0) * n // len(vectors), prepend=torch.zeros(1, dtype=torch.int64))
+    work = [(part, share) for part, share in zip(order.split(counts.tolist()), shares.tolist(), strict=True) if share]
+    bar = progress(work, desc="centroids", unit=" groups")
+    found = [kmeans(vectors[part], share, rng, device) for part, share in bar]
+    centroids, starts = torch.cat(found), np.append(0, np.cumsum([len(part) for part in found]))
+    for _ in range(2):  # what lies at the edge of a group goes to its neighbours
+        centroids = means(vectors, torch.from_numpy(Groups.of(centroids, starts).assign(vectors)), centroids)
+    return centroids, starts
+
+
+def drawn(rng, n: int, wanted: int) -> np.ndarray:
+    """At most `wanted` of n, in order."""
+    return np.sort(rng.permutation(n)[:wanted])
+
+
+def kmeans(vectors: Tensor, n: int, rng, device="cpu", show: bool = False) -> Tensor:
     """Means (n, D) of clusters by cosine; a cluster that nothing is nearest to begins again at a random vector."""
-    centroids = vectors[np.sort(rng.permutation(len(vectors))[:n])]
-    for _ in progress(range(ITERATIONS), desc="centroids", unit=" rounds"):
-        centroids = unit(centroids)
-        groups = Groups.of(centroids, device)
-        nearest = groups.assign(vectors, TRIED[0]) if groups else assign(vectors, centroids, device)
-        counts = torch.bincount(nearest, minlength=n)
-        centroids = torch.zeros(n, vectors.shape[1]).index_add_(0, nearest, vectors) / counts.clamp(min=1)[:, None]
-        empty = (counts == 0).nonzero()[:, 0]
-        centroids[empty] = vectors[rng.integers(0, len(vectors), len(empty))]
+    centroids = vectors[drawn(rng, len(vectors), n)]
+    for _ in progress(range(ITERATIONS), desc="centroids", unit=" rounds", show=show):
+        again = vectors[rng.integers(0, len(vectors), n)]
+        centroids = means(vectors, assign(vectors, unit(centroids), device), again)
     return centroids
 
 
+def means(vectors: Tensor, nearest: Tensor, otherwise: Tensor) -> Tensor:
+    """The mean (n, D) of the vectors (m, D) that each centroid is nearest to (m,); `otherwise` (n, D) of none."""
+    counts = torch.bincount(nearest, minlength=len(otherwise))[:, None]
+    sums = torch.zeros_like(otherwise).index_add_(0, nearest, vectors)
+    return torch.where(counts > 0, sums / counts.clamp(min=1), otherwise)
+
+
 class Groups(NamedTuple):
-    """Unit centroids (C, D) in groups of what is near to one another, so that a vector is compared with few of them."""
+    """Centroids in groups of what is near to one another, so that a vector is compared with few of them."""
 
     centers: Tensor  # (G, D), of unit length
-    members: np.ndarray  # (C,): the centroids of each group, one group after the other
-    starts: np.ndarray  # (G + 1,): where a group's members begin
-    centroids: Tensor  # (C, D), in this order
+    starts: np.ndarray  # (G + 1,): where a group's centroids begin
+    centroids: Tensor  # (C, D), of unit length
 
     @classmethod
-    def of(cls, centroids: Tensor, device="cpu") -> "Groups | None":
-        """None where comparing with all of them is as fast."""
-        if product_dtype(device) != torch.float32 or len(centroids) < FEWEST_GROUPED:
-            return None
-        n = 2 ** round(math.log2(len(centroids) / 2) / 2)
-        centers = unit(kmeans(centroids, n, np.random.default_rng(0)))
-        group = assign(centroids, centers).numpy()
-        members = np.argsort(group, kind="stable")
-        starts = np.append(0, np.bincount(group, minlength=n).cumsum())
-        return cls(centers, members, starts, centroids[members])
+    def of(cls, centroids: Tensor, starts: np.ndarray) -> "Groups":
+        return cls(unit(torch.from_numpy(np.add.reduceat(centroids.numpy(), starts[:-1]))), starts, unit(centroids))
 
-    def assign(self, vectors: Tensor, n_tried: int) -> Tensor:
+    def assign(self, vectors: Tensor, n_tried: int = TRIED) -> np.ndarray:
         """The nearest centroid for each vector (n, D), (n,) int64, of those in the n_tried nearest groups."""
         parts = [self._assign(part, min(n_tried, len(self.centers))) for part in vectors.split(GROUP_BLOCK)]
-        return torch.from_numpy(np.concatenate(parts))
+        return np.concatenate(parts)
 
     def _assign(self, vectors: Tensor, n_tried: int) -> np.ndarray:
         rows, ends = kernels.choose_groups((vectors @ self.centers.T).numpy(), n_tried)
         best, nearest = np.full(len(vectors), -1e30, np.float32), np.zeros(len(vectors), np.int64)
         for group, end in enumerate(ends[1:]):
             here, members = rows[ends[group] : end], slice(*self.starts[group : group + 2])
-            if len(here) and members.start < members.stop:
+            if len(here):
                 similarities = vectors[torch.from_numpy(here)] @ self.centroids[members].T
-                kernels.keep_best(similarities.numpy(), here, self.members[members], best, nearest)
+                kernels.keep_best(similarities.numpy(), here, members.start, best, nearest)
         return nearest
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from nanocolbert.cli import InputError
 from nanocolbert.compute import fast_dtype, single_threads
 from nanocolbert.index.book import Book, as_saved, nest
-from nanocolbert.index.centroids import MOST_CENTROIDS, TRIED, Groups, assign, kmeans, unit
+from nanocolbert.index.centroids import MOST_CENTROIDS, Groups, assign, train_centroids, unit
 from nanocolbert.index.kernels.compiled import CODEWORDS
 from nanocolbert.index.kernels.nearest import MOST_PARENTS, representatives
 from nanocolbert.index.kernels.score import FACTOR, LANES, SCALE, rough
@@ -86,11 +86,12 @@ class Codes(NamedTuple):
 class Codec:
     """A rotation (D, D), centroids (C, D) fp32 as rotated, a Book each for representatives and followers.
 
+    starts (G + 1,): where groups of centroids begin.
     norms (3, 256) fp32: the factor that a byte of norm stands for, after coarse codes, after fine ones, of followers.
     """
 
-    def __init__(self, rotation, centroids: np.ndarray, books: list[Book], norms: np.ndarray, similarity: float):
-        self.rotation, self.centroids, self.books = rotation, centroids, books
+    def __init__(self, rotation, centroids: np.ndarray, starts, books: list[Book], norms: np.ndarray, similarity):
+        self.rotation, self.centroids, self.starts, self.books = rotation, centroids, starts, books
         self.norms, self.similarity = norms, similarity
 
     @property
@@ -117,11 +118,11 @@ class Codec:
                 f"{nlist} centroids from {len(firsts)} embeddings: at most so many, and {MOST_CENTROIDS}: lower --nlist"
             )
         M = code_bytes(dim, bits, len(firsts) / len(values))
-        centroids = kmeans(torch.from_numpy(firsts), nlist, rng, device).numpy()
+        centroids, starts = train_centroids(torch.from_numpy(firsts), nlist, rng, device)
         some = firsts[rng.permutation(len(firsts))[:BOOK_SAMPLE]]
-        nearest = assign(torch.from_numpy(some), unit(torch.from_numpy(centroids)), device).numpy()
+        nearest, centroids = Groups.of(centroids, starts).assign(torch.from_numpy(some)), centroids.numpy()
         rotation = as_saved(principal_directions(some - centroids[nearest]))
-        codec = cls(rotation, as_saved(centroids @ rotation), [], np.ones((3, 256), np.float32), similarity)
+        codec = cls(rotation, as_saved(centroids @ rotation), starts, [], np.ones((3, 256), np.float32), similarity)
         some = some @ rotation
         codec.books.append(Book.train(some - codec.centroids[codec._nearest(some, device)], *M[:2], rng))
         *_, coarse, decoded = codec._encode_first(some, device)
@@ -146,6 +147,7 @@ class Codec:
         folder = Path(folder)
         np.save(folder / "rotation.npy", self.rotation.astype(np.float16))
         np.save(folder / "centroids.npy", self.centroids.astype(np.float16))
+        np.save(folder / "groups.npy", self.starts)
         np.save(folder / "norms.npy", self.norms)
         np.save(folder / "similarity.npy", self.similarity)
         for name, book in zip(BOOKS, self.books, strict=True):
@@ -180,7 +182,12 @@ class Codec:
             if [level.shape[2] for level in words] != widths:
                 raise InputError(f"{folder}: {name}_*.npy do not fit each other: make {folder} again")
             books.append(Book(words, columns))
-        codec = cls(rotation, centroids, books, norms, float(similarity))
+        starts = np.array([0, len(centroids)])  # as older indexes, which have none
+        if (folder / "groups.npy").is_file():
+            starts = read("groups", "i8", None)
+            if not len(starts) or starts[0] != 0 or starts[-1] != len(centroids) or (np.diff(starts) < 1).any():
+                raise InputError(f"{folder / 'groups.npy'}: not groups of {len(centroids)} centroids: make it again")
+        codec = cls(rotation, centroids, starts, books, norms, float(similarity))
         if rotation.shape != (dim, dim) or not 0 < len(centroids) <= MOST_CENTROIDS or (codec.M % 2).any():
             raise InputError(f"{folder}: rotation.npy, centroids.npy and the codewords do not fit: make it again")
         return codec
@@ -190,8 +197,8 @@ class Codec:
         return unit(torch.from_numpy(self.centroids))
 
     @cached_property
-    def _groups(self) -> "Groups | None":
-        return Groups.of(self._unit)
+    def _groups(self) -> Groups:
+        return Groups.of(torch.from_numpy(self.centroids), self.starts)
 
     @property
     def dim(self) -> int:
@@ -255,8 +262,10 @@ class Codec:
         return Codes(coarse, fine, sizes)
 
     def _nearest(self, values: np.ndarray, device) -> np.ndarray:
-        vectors, groups = torch.from_numpy(values), self._groups if torch.device(device).type == "cpu" else None
-        return (groups.assign(vectors, TRIED[1]) if groups else assign(vectors, self._unit, device)).numpy()
+        vectors = torch.from_numpy(values)
+        if len(self.starts) > 2 and torch.device(device).type == "cpu":
+            return self._groups.assign(vectors)
+        return assign(vectors, self._unit, device).numpy()
 
     def _encode_first(self, values: np.ndarray, device) -> tuple[np.ndarray, ...]:
         """Of representatives: centroids (n,), codes (n, M), vectors decoded coarsely and finely (n, D).

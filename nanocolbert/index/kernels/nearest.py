@@ -73,17 +73,17 @@ def choose_groups(similarities, n_tried):
 
 
 @compiled(fastmath=True)
-def keep_best(similarities, rows, members, best, nearest):
+def keep_best(similarities, rows, first, best, nearest):
     """Update the best centroid of some vectors, best (n,) fp32 and nearest (n,), by another group of centroids.
 
-    similarities (k, c) of the vectors `rows` (k,) to the centroids `members` (c,).
+    similarities (k, c) of the vectors `rows` (k,) to the centroids from `first` on.
     """
     for i in range(len(rows)):
         highest = similarities[i, 0]
-        for j in range(1, len(members)):
+        for j in range(1, similarities.shape[1]):
             highest = max(highest, similarities[i, j])
         if highest > best[rows[i]]:
             best[rows[i]] = highest
-            for j in range(len(members)):
+            for j in range(similarities.shape[1]):
                 if similarities[i, j] == highest:
-                    nearest[rows[i]] = members[j]
+                    nearest[rows[i]] = first + j
