@@ -174,9 +174,12 @@ def main(args):
     for what, spent in sorted(searcher.index.clock.seconds.items(), key=lambda item: -item[1]):
         print(f"{what:>16} {1000 * spent / len(mine):8.2f} ms a query {100 * spent / seconds:5.1f} %")
     print(f"{'in all':>16} {1000 * seconds / len(mine):8.2f} ms a query")
+    finds = not args.exact and candidates is None
+    knobs = {name: getattr(args, name) for name in KNOBS if getattr(args, name) is not None}
     return {
         "output": str(args.output),
         "queries": len(queries),
+        **({"effort": searcher.index.effort(args.quality, args.k, **knobs)._asdict()} if finds else {}),
         "seconds": round(seconds, 2),
         "ms_per_query": round(1000 * seconds / len(queries), 2),
         "peak_memory_mb": peak_memory_mb(),

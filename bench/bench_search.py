@@ -37,7 +37,7 @@ from peers.search_peer import time_queries
 
 from model import ColBERT
 from nanocolbert.index.compressed import CompressedIndex
-from nanocolbert.index.knobs import Depths, effort_for
+from nanocolbert.index.knobs import Depths
 from nanocolbert.storage.artifact import read_meta, write_json
 from nanocolbert.storage.checksums import sums_of
 from nanocolbert.storage.documents import read_queries
@@ -167,7 +167,7 @@ def open_ours(name: str, vectors: Path, index: Path):
         return lambda query, k, _: every.rank(query[None], None, k)[0][0]
     if name != "ivfpq":
         codes = CompressedIndex(index)
-        return lambda query, k, effort: codes.search(query[None], k, effort_for(effort[0], k, **effort[1]))[0][0]
+        return lambda query, k, effort: codes.search(query[None], k, codes.effort(effort[0], k, **effort[1]))[0][0]
     import faiss
 
     faiss.omp_set_num_threads(1)

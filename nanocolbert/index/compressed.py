@@ -35,7 +35,6 @@ class CompressedIndex:
     """An open compressed index; a row is a passage's position among all segments."""
 
     streams, has_filters = False, True  # see ExactIndex
-    effort = staticmethod(effort_for)
 
     def __init__(self, folder):
         """Raises InputError if there is no index, or one whose files do not fit each other."""
@@ -158,6 +157,10 @@ class CompressedIndex:
         return np.concatenate([np.zeros(0, np.int64), *rows]), np.concatenate([left, *whose])
 
     # --------------------------------------------------------------------------------------------------------- search
+
+    def effort(self, quality: str, k: int, **knobs: int) -> Effort:
+        """The effort of a quality where k of these passages are asked for. Raises InputError, as effort_for."""
+        return effort_for(quality, k, len(self), **knobs)
 
     def search(self, queries: Tensor, k: int, effort: Effort, allowed: np.ndarray | None = None) -> list[Ranking]:
         """The k best rows for each query (B, Lq, D), and their scores; each query by one of the threads.

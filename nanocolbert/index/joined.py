@@ -36,7 +36,8 @@ class JoinedIndex:
                         "model are searched together"
                     )
         self.clock = first.clock
-        self.effort, self.streams, self.has_filters = first.effort, first.streams, first.has_filters
+        self.streams, self.has_filters = first.streams, first.has_filters
+        self.effort = max(indexes, key=len).effort  # the others take less
         self.folder = ", ".join(str(index.folder) for index in indexes)
 
     def search_only(self, number: int, of: int) -> None:

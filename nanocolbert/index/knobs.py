@@ -26,6 +26,7 @@ class Depths(NamedTuple):
     rerank_depth: int
 
 
+USUAL, MORE_LISTS, MORE_PASSAGES = 21_000, 1 / 3, 1 / 2  # passages that QUALITY is for; powers that it grows by, beyond
 QUALITY = {  # nprobe; the others as so many and so many more for each passage that is asked for
     "fast": (8, (512, 6), (32, 3), (4, 1)),
     "default": (32, (3000, 22), (120, 6), (10, 2)),
@@ -34,14 +35,18 @@ QUALITY = {  # nprobe; the others as so many and so many more for each passage t
 DEPTHS = Depths(32, 1024, 1000)  # unless told otherwise; the last so many at least: they find the best ten
 
 
-def effort_for(quality: str, k: int, **knobs: int) -> Effort:
-    """The effort of a quality where k passages are asked for; knobs of Effort override it.
+def effort_for(quality: str, k: int, n_passages: int = USUAL, **knobs: int) -> Effort:
+    """The effort of a quality where k of so many passages are asked for; knobs of Effort override it.
 
-    Raises InputError for what is none.
+    What lists promise, and coarse codes say, puts a good passage at some percentile: the more there are, the more must
+    be looked at. Raises InputError for what is none.
     """
     check_knobs("a compressed index", Effort, quality, knobs)
     nprobe, *steps = QUALITY[quality]
-    return Effort(nprobe, *(some + more * k for some, more in steps))._replace(**knobs)
+    growth = max(1.0, n_passages / USUAL)
+    n_coarse, n_fine, n_exact = (some + more * k for some, more in steps)
+    effort = Effort(nprobe * growth**MORE_LISTS, n_coarse * growth**MORE_PASSAGES, n_fine, n_exact)
+    return Effort(*map(round, effort))._replace(**knobs)
 
 
 def depths_for(quality: str, k: int, **knobs: int) -> Depths:

@@ -20,7 +20,7 @@ from made import (
 from nanocolbert.index.changes import add
 from nanocolbert.index.compressed import CompressedIndex
 from nanocolbert.index.gpu_index import GpuIndex
-from nanocolbert.index.knobs import QUALITY, Effort, effort_for
+from nanocolbert.index.knobs import QUALITY, USUAL, Effort, effort_for
 from nanocolbert.maxsim import maxsim_packed
 
 
@@ -62,6 +62,19 @@ def test_more_effort_is_not_worse(codec, tmp_path):
     assert found["little"] < found["best"] and found["fast"] <= found["default"] + 0.02
     assert found["best"] > 0.85  # coarse codes choose 400 of the 2,000; here they are weak, trained on a small sample
     assert found["all"] > 0.98  # every passage by all its codes: what is left is rounding
+
+
+@pytest.mark.parametrize("quality", QUALITY)
+def test_effort_grows_with_the_collection(quality, codec, tmp_path):
+    few, usual, many = (effort_for(quality, 10, n) for n in (10, USUAL, 16 * USUAL))
+    assert few == usual == effort_for(quality, 10)
+    assert many.n_coarse == 4 * usual.n_coarse and 2.4 * usual.nprobe < many.nprobe < 2.6 * usual.nprobe
+    assert all(value >= at_least for value, at_least in zip(many, usual, strict=True))
+    assert effort_for(quality, 10, 16 * USUAL, n_coarse=7, nprobe=3)[:2] == (3, 7)  # as it was asked for
+    index = CompressedIndex(make_index(tmp_path / "index", codec, block(50, 2)))
+    assert index.effort(quality, 10) == usual
+    index.n = 16 * USUAL
+    assert index.effort(quality, 10) == many
 
 
 @pytest.mark.parametrize("open_index", [CompressedIndex, lambda folder: GpuIndex(folder, "cpu")])
