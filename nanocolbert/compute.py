@@ -57,7 +57,10 @@ def mixed_precision(device) -> str:
 
 @functools.cache
 def bf16_pays() -> bool:
-    """Whether this CPU multiplies faster in bf16, by a probe of a few milliseconds: a small product, then a larger."""
+    """Whether this CPU multiplies faster in bf16, by a probe of a few milliseconds: a small product, then a larger.
+
+    By one thread: several wait for one another where other programs run, and once in sixty times told the opposite.
+    """
 
     def seconds(n: int, dtype: torch.dtype) -> float:
         a, times = torch.ones(n, n, dtype=dtype), []
@@ -67,7 +70,7 @@ def bf16_pays() -> bool:
             times.append(time.perf_counter() - started)
         return min(times)
 
-    with torch.inference_mode():
+    with torch.inference_mode(), single_threads():
         is_emulated = seconds(64, torch.bfloat16) > 5 * seconds(64, torch.float32)
         return not is_emulated and seconds(512, torch.bfloat16) < PAYS * seconds(512, torch.float32)
 
