@@ -46,6 +46,7 @@ class Row(NamedTuple):
     config: str
     changes: tuple[str, ...] = ()
     says: str = ""
+    without: tuple[str, ...] = ()  # flags of the config's that a row leaves out
 
 
 class Collection(NamedTuple):
@@ -71,6 +72,7 @@ CHOOSING = ("choosing-squad", "choosing-scifact", "choosing-wiki")
 CHOOSING = {name: Collection(name, "queries.tsv", "qrels.tsv") for name in CHOOSING}
 
 PLUS, SHORT = "configs/squad-plus.sh", ("--max_steps", "60")
+SUM = ("--teacher_similarity", "sum", "--lr", "3e-5")
 ROWS = {
     "squad": Row("configs/squad.sh", says="as before: [MASK] fill, markers, in-batch negatives, lr 1e-4"),
     "untrained": Row(
@@ -78,13 +80,11 @@ ROWS = {
     ),
     "untrained-128": Row(PLUS, ("--max_steps", "0", "--dim", "128"), "the same in 128 dimensions"),
     "untrained-v1": Row("configs/squad.sh", ("--max_steps", "0"), "untrained-128 with v1's fill and markers"),
-    "squad-plus": Row(PLUS, says="labels and what the encoder knew, 256 dimensions"),
-    "squad-plus-128": Row(PLUS, ("--dim", "128"), "the same in 128 dimensions"),
-    "distil": Row(PLUS, ("--loss", "distil", *SHORT), "what the encoder knew alone, half of the steps"),
-    "labels": Row(PLUS, ("--loss", "in_batch", *SHORT), "the labels alone, in as few"),
-    "near": Row(
-        PLUS, ("--teacher_similarity", "maxsim", "--lr", "1e-5"), "towards its MaxSim, by a third of the learning rate"
-    ),
+    "squad-plus": Row(PLUS, says="labels and the encoder's own MaxSim, 256 dimensions"),
+    "squad-plus-sum": Row(PLUS, SUM, "towards the sum with its mean-pooled vector, by three times the learning rate"),
+    "squad-plus-128": Row(PLUS, ("--dim", "128"), "squad-plus in 128 dimensions"),
+    "distil": Row(PLUS, ("--loss", "distil", *SUM, *SHORT), "squad-plus-sum without the labels, half of the steps"),
+    "labels": Row(PLUS, ("--loss", "in_batch", *SHORT), "the labels alone, in as few", ("teacher_similarity",)),
 }
 
 
@@ -151,6 +151,7 @@ def train(name: str, row: Row, seed: int, args) -> tuple[Path, dict]:
     squad, out = args.data / "squad", WORK / name / str(seed)
     base = array(row.config, "BASE_MODEL")[0]
     recipe = flags_of([*array(row.config, "TRAIN"), *row.changes])
+    recipe = {flag: words for flag, words in recipe.items() if flag not in row.without}
     triples = {"queries": squad / "queries.train.tsv", "triples": training_file(args.data)}
     lengths = flags_of(array(row.config, "TOKENS"))
     name_of_tokens = "-".join(["training", *(word for words in lengths.values() for word in words)])
