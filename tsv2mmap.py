@@ -111,8 +111,8 @@ def start_workers(n: int, *settings):
     try:
         yield pool
     except BrokenProcessPool:
-        if (texts := pool._call_queue) is not None:  # else Python before 3.12 may wait for ever for its reader (gh-94777)
-            texts._reader.close()
+        if pool._call_queue is not None:  # else Python 3.11 may wait for ever for the worker to read on (gh-94777)
+            pool._call_queue._reader.close()
         pool.shutdown()
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         raise InputError(
